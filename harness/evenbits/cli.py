@@ -1,0 +1,251 @@
+"""The command line. A known error is one line and exit 2; an unknown one keeps its traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from evenbits.errors import EvenbitsError, SuiteError
+from evenbits.plugins import Registry, load_plugins
+
+app = typer.Typer(
+    name="evenbits",
+    help="Compare compressors of language models at even bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+SuitePath = Annotated[Path, typer.Argument(metavar="SUITE", help="path of a suite (*.toml)")]
+ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="results folder")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="PATH", help="use this model folder in place of the suite's model")
+]
+DEFAULT_RESULTS = Path("results")
+
+
+class Format(StrEnum):
+    TABLE = "table"
+    MARKDOWN = "markdown"
+    CSV = "csv"
+    JSON = "json"
+
+
+def _registry() -> Registry:
+    registry = load_plugins()
+    return registry
+
+
+def _warn(registry: Registry) -> None:
+    for problem in registry.problems:
+        err.print(f"[yellow]note[/] {escape(problem)}", soft_wrap=True)
+
+
+def _overrides(model: str | None) -> dict[str, Any]:
+    return {} if model is None else {"model": {"path": model}}
+
+
+def _suite_name(suite: Path) -> str:
+    """The name in a suite file, without checking the rest: a report needs no plugins and no model."""
+    try:
+        name = tomllib.loads(suite.read_text())["name"]
+    except OSError as error:
+        raise SuiteError(f"{suite}: cannot be read ({error.strerror}); give the path of a suite (*.toml)") from None
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise SuiteError(f"{suite}: not a suite: {error}") from None
+    return str(name)
+
+
+@app.command()
+def run(
+    suite: SuitePath,
+    results: ResultsOption = DEFAULT_RESULTS,
+    model: ModelOption = None,
+    report_after: Annotated[bool, typer.Option("--report/--no-report", help="print and write the report")] = True,
+) -> None:
+    """Compress, measure and compare; resumes where it stopped. Exits 1 when a trial failed."""
+    from evenbits.display import TerminalDisplay
+    from evenbits.executor import LocalExecutor
+    from evenbits.plan import make_plan
+    from evenbits.run import Run
+    from evenbits.store import Results
+    from evenbits.suite import read_suite
+
+    registry = _registry()
+    registry.collect_all()
+    _warn(registry)
+    read = read_suite(suite, registry, overrides=_overrides(model))
+    store = Results(results)
+    with store.lock():
+        store.check_schema(create=True)
+        plan = make_plan(read, registry, cache=store.cache, download=True)
+        if read.executor == "local":
+            executor: Any = LocalExecutor(read.limits.workers, _modules_of(plan))
+        else:
+            executor = registry.find("executors", read.executor, "executor").value(read)
+        try:
+            records = Run(plan, registry, store, executor, TerminalDisplay(out)).go()
+        except KeyboardInterrupt:
+            err.print("stopped; finished trials are kept, the same command goes on from here")
+            raise typer.Exit(130) from None
+        finally:
+            executor.close()
+        if report_after:
+            _write_report(store, read.name, Format.TABLE)
+    failed = sum(record.status == "failed" for record in records)
+    if failed:
+        err.print(f"{failed} of {len(records)} trials failed; the log of each is beside its record")
+        raise typer.Exit(1)
+
+
+def _modules_of(plan: Any) -> tuple[str, ...]:
+    """The transformers module of each model, for the fork server to import once."""
+    from evenbits.shapes import read_config
+
+    kinds = {read_config(trial.model.source.folder).get("model_type") for trial in plan.trials}
+    return tuple(f"transformers.models.{kind}.modeling_{kind}" for kind in sorted(map(str, kinds)))
+
+
+@app.command()
+def plan(suite: SuitePath, model: ModelOption = None, results: ResultsOption = DEFAULT_RESULTS) -> None:
+    """Show what would run, at what predicted bits and bytes; runs nothing."""
+    from rich.table import Table
+
+    from evenbits.plan import make_plan
+    from evenbits.store import Results
+    from evenbits.suite import read_suite
+
+    registry = _registry()
+    registry.collect_all()
+    _warn(registry)
+    read = read_suite(suite, registry, overrides=_overrides(model))
+    store = Results(results)
+    made = make_plan(read, registry, cache=store.cache if store.root.is_dir() else None)
+    table = Table("model", "method", "budget", "seed", "linear bits", "model bits", "bytes", "settings", box=None)
+    for trial in made.trials:
+        bits = trial.predicted
+        table.add_row(
+            trial.model.facts.name,
+            "+".join([trial.label, *(stage.name for stage in trial.recovery)]),
+            f"{trial.budget.centre:g}" if trial.budget else "",
+            str(trial.seed),
+            f"{bits.linear:.4f}" if bits else f"{8 * trial.model.facts.linear_bytes / trial.model.facts.linear_weights:g}",
+            f"{bits.model:.4f}" if bits else f"{8 * trial.model.facts.model_bytes / trial.model.facts.parameters:.4g}",
+            f"{trial.predicted_bytes or trial.model.facts.model_bytes:,}",
+            ", ".join(f"{k}={v}" for k, v in trial.options.items() if v is not None),
+        )
+    out.print(table)
+    for skip in made.skips:
+        budget = f" @ {skip.budget.centre:g}" if skip.budget else ""
+        out.print(f"skip {skip.model.facts.name} {skip.label}{budget}: {escape(skip.reason)}", soft_wrap=True)
+    known = sum(store.record(read.name, trial.id) is not None for trial in made.trials) if store.root.is_dir() else 0
+    out.print(f"{len(made.trials)} trials ({known} already recorded), {len(made.skips)} skipped")
+    memory = max((trial.model.facts.model_bytes for trial in made.trials), default=0)
+    out.print(f"largest model: {memory:,} bytes in memory when dense")
+
+
+def _write_report(store: Any, name: str, form: Format) -> None:
+    from evenbits.report import as_json, write_report
+    from evenbits.report_text import as_csv, as_markdown, as_terminal
+    from evenbits.tables import gather
+
+    records, folders = store.records(name)
+    if form is Format.JSON:
+        sys.stdout.write(json.dumps(as_json(records), indent=1) + "\n")
+        return
+    table = gather(records, folders)
+    if form is Format.MARKDOWN:
+        sys.stdout.write(as_markdown(table))
+    elif form is Format.CSV:
+        sys.stdout.write(as_csv(table))
+    else:
+        as_terminal(table, out)
+        for path in write_report(store.run_folder(name) / "report", records, folders):
+            out.print(f"wrote {path}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    suite: SuitePath,
+    results: ResultsOption = DEFAULT_RESULTS,
+    form: Annotated[Format, typer.Option("--format", help="what to print; `table` also writes the files")] = Format.TABLE,
+) -> None:
+    """Show tables (terminal, Markdown, CSV, JSON) and write these and the Pareto plots beside the records."""
+    from evenbits.store import Results
+
+    _write_report(Results(results), _suite_name(suite), form)
+
+
+@app.command()
+def plugins() -> None:
+    """List what is installed, from which distribution, with which hooks, and what is broken and why."""
+    registry = _registry()
+    registry.collect_all()
+    for info in registry.plugins:
+        mark = {"ok": "[green]ok[/]", "disabled": "[dim]disabled[/]", "broken": "[red]broken[/]"}[info.status]
+        detail = ", ".join(info.hooks) if info.status == "ok" else escape(info.problem or "")
+        out.print(f"{mark} [bold]{info.name}[/] ({info.distribution} {info.version}): {detail}", soft_wrap=True)
+    for what in ("compressors", "recoveries", "evaluators", "profilers", "corpora", "models", "executors"):
+        table = getattr(registry, what)
+        if table:
+            out.print(f"\n[bold]{what}[/]")
+            width = max(map(len, table))
+            for name, provided in sorted(table.items()):
+                summary = getattr(provided.value, "summary", str(provided.value))
+                out.print(f"  {name:{width}}  {escape(summary)} [dim]({provided.plugin.name})[/]", soft_wrap=True)
+    if registry.problems:
+        out.print("\n[bold]problems[/]")
+        for problem in registry.problems:
+            out.print(f"  [red]{escape(problem)}[/]", soft_wrap=True)
+
+
+@app.command()
+def clean(
+    results: ResultsOption = DEFAULT_RESULTS,
+    everything: Annotated[bool, typer.Option("--artifacts", help="remove all artifacts and caches; records stay")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
+) -> None:
+    """Remove what killed runs left, records outside each suite's latest plan, and artifacts no record refers to."""
+    from evenbits.store import Results, remove, size_of
+
+    store = Results(results)
+    if not store.root.is_dir():
+        raise SuiteError(f"{results}: no such results folder")
+    with store.lock():
+        store.check_schema()
+        found = {*store.leftovers(), *store.stale()}
+        if everything:
+            found = {path for path in found if store.artifacts not in path.parents}
+            found |= {path for path in (store.artifacts, store.cache) if path.exists()}
+        freed = 0
+        for path in sorted(found):
+            freed += size_of(path)
+            out.print(f"{'would remove' if dry_run else 'removed'} {path}", soft_wrap=True)
+            if not dry_run:
+                remove(path)
+    out.print(f"{len(found)} removed, {freed:,} bytes" if not dry_run else f"{len(found)} to remove, {freed:,} bytes")
+
+
+def main() -> None:
+    """Entry point: commands of the harness, then those of plugins."""
+    try:
+        load_plugins().announce("extend_cli", lambda message: err.print(escape(message)), app=app)
+        app()
+    except EvenbitsError as error:
+        err.print(f"[red]error[/] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

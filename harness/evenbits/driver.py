@@ -1,0 +1,361 @@
+"""Runs a compressor over a model and stores what comes out.
+
+Data-free methods stream: one layer of weights in memory at a time. Methods that need statistics of the dense
+model stream too, once those are cached. Sequential ones go block by block through the blocks already compressed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenbits.artifact import ArtifactWriter
+from evenbits.budget import BitBudget
+from evenbits.calibration import BlockRunner, DenseMoments, block_moments, layer_inputs
+from evenbits.compressor import (
+    AnyCompressor,
+    Block,
+    BlockCompressor,
+    Layer,
+    LayerCompressor,
+    LayerShape,
+    ModelCompressor,
+    ModelShapes,
+    Needs,
+    PackedLayer,
+    Role,
+    Shared,
+)
+from evenbits.errors import TrialFailed
+from evenbits.manifest import StoredLayer
+from evenbits.models import check_coverage, get_weight, guarded_randomness, open_model, read_tensor, read_weight
+from evenbits.models import set_weight, torch_dtype  # fmt: skip
+from evenbits.shapes import Inventory, StoredTensor, read_inventory
+
+Advance = Callable[[int], None]
+
+
+def seeded_generator(seed: int, *names: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the names only, so that layers are independent of their order."""
+    digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to compress and with what. tokens: (samples, length) calibration ids, or None."""
+
+    model_folder: Path
+    dtype: str
+    device: torch.device
+    compressor: AnyCompressor
+    needs: Needs
+    budget: BitBudget | None
+    seed: int
+    tokens: Tensor | None
+    moments_folder: Path | None
+    trust_remote_code: bool = False
+    advance: Advance = lambda steps: None
+
+
+@dataclass
+class Stored:
+    """What the manifest needs to know of what was written."""
+
+    layers: list[StoredLayer] = field(default_factory=list)
+    shared: dict[str, Role] = field(default_factory=dict)
+    whole: dict[str, Role] = field(default_factory=dict)
+    whole_weights: int = 0
+    form: str = "layers"
+
+
+class Survey:
+    """All weights, one at a time, from the checkpoint files."""
+
+    def __init__(self, inventory: Inventory, shapes: ModelShapes, device: torch.device, moments: DenseMoments | None) -> None:
+        self.shapes = shapes
+        self._inventory = inventory
+        self._device = device
+        self._moments = moments
+
+    def __iter__(self) -> Iterator[tuple[LayerShape, Tensor]]:
+        for layer, tensor in self._inventory.layers:
+            yield layer, read_weight(tensor, self._inventory.architecture).to(self._device)
+
+    def second_moment(self, name: str) -> Tensor:
+        if self._moments is None:
+            raise TrialFailed(f"{name}: statistics were asked for, and the suite gives no calibration data")
+        return self._moments.get(name).to(self._device)
+
+
+def relative_error(weight: Tensor, restored: Tensor) -> float:
+    """||W - W'||^2 / ||W||^2 in float64; 0 for an all-zero weight restored exactly."""
+    total = float(weight.double().square().sum())
+    wrong = float((weight.double() - restored.double()).square().sum())
+    return wrong / total if total else (0.0 if wrong == 0 else float("inf"))
+
+
+def calibrated_error(weight: Tensor, restored: Tensor, second_moment: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T) in float64, E = W - W', H the (in, in) second moment."""
+    moment = second_moment.double()
+    difference, dense = weight.double() - restored.double(), weight.double()
+    total = float(((dense @ moment) * dense).sum())
+    wrong = float(((difference @ moment) * difference).sum())
+    return wrong / total if total else (0.0 if wrong == 0 else float("inf"))
+
+
+class Driver:
+    """One compression, from weights to an artifact's files."""
+
+    def __init__(self, work: Work, writer: ArtifactWriter) -> None:
+        self.work = work
+        self.writer = writer
+        self.inventory = read_inventory(work.model_folder)
+        self.shapes = self.inventory.shapes(work.dtype)
+        self.stored = Stored()
+        self.changed: dict[str, Tensor] = {}
+        self.shared: Shared | None = None
+        self._model: nn.Module | None = None
+        self._runner: BlockRunner | None = None
+
+    # -- what is opened on demand ---------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        if self._model is None:
+            work = self.work
+            self._model = open_model(
+                work.model_folder, work.dtype, work.device, trust_remote_code=work.trust_remote_code
+            )
+            check_coverage(self._model, self.inventory)
+        return self._model
+
+    def runner(self) -> BlockRunner:
+        if self.work.tokens is None:
+            raise TrialFailed("statistics were asked for, and the suite gives no calibration data")
+        if self._runner is None:
+            self._runner = BlockRunner(self.model, self.inventory.architecture, self.work.tokens)
+        return self._runner
+
+    def moments(self) -> DenseMoments | None:
+        if self.work.tokens is None or self.work.moments_folder is None:
+            return None
+        return DenseMoments(self.work.moments_folder, self.runner, self.inventory)
+
+    # -- the road -------------------------------------------------------------------------------------------
+
+    def run(self) -> Stored:
+        """Compress and write every tensor file. Raises TrialFailed with the layer's name."""
+        compressor = self.work.compressor
+        with guarded_randomness(self.work.seed):
+            if not isinstance(compressor, LayerCompressor):
+                self._whole(compressor)
+                return self.stored
+            survey = Survey(self.inventory, self.shapes, self.work.device, self.moments())
+            self.shared = compressor.prepare(survey, seeded_generator(self.work.seed, "prepare"))
+            if self.shared is not None:
+                self.writer.write_shared(self.shared)
+                self.stored.shared = dict(self.shared.roles)
+            if isinstance(compressor, BlockCompressor) or self.work.needs.sequential or self.work.needs.statistics == "inputs":
+                self._sequential(compressor)
+            else:
+                self._stream(compressor)
+        self._rest()
+        return self.stored
+
+    def _by_block(self) -> Iterator[tuple[int, list[tuple[LayerShape, StoredTensor]]]]:
+        blocks: dict[int, list[tuple[LayerShape, StoredTensor]]] = {}
+        for layer, tensor in self.inventory.layers:
+            blocks.setdefault(layer.block, []).append((layer, tensor))
+        yield from sorted(blocks.items())
+
+    @torch.no_grad()
+    def _stream(self, compressor: LayerCompressor) -> None:
+        moments = self.moments() if self.work.needs.statistics == "second_moment" else None
+        for index, layers in self._by_block():
+            for shape, tensor in layers:
+                weight = read_weight(tensor, self.inventory.architecture).to(self.work.device)
+                moment = None if moments is None else moments.get(shape.name).to(self.work.device)
+                self._compress(compressor, weight, Layer(shape, moment, None, self.work.budget))
+            self._flush(index)
+
+    @torch.no_grad()
+    def _sequential(self, compressor: LayerCompressor) -> None:
+        runner = self.runner()
+        hidden = list(runner.hidden)
+        for index, layers in self._by_block():
+            shapes = [shape for shape, _ in layers]
+            weights = {shape.name: tensor for shape, tensor in layers}
+            if isinstance(compressor, BlockCompressor):
+                self._block(compressor, index, shapes, weights, hidden)
+            else:
+                for group in self._groups(shapes):
+                    self._group(compressor, index, group, weights, hidden)
+            self._flush(index)
+            hidden = runner.run_all(index, hidden)
+
+    def _groups(self, shapes: Sequence[LayerShape]) -> list[list[LayerShape]]:
+        """Layers whose statistics are taken together: the whole block, or in the order inputs become known."""
+        if not self.work.needs.within_block:
+            return [list(shapes)]
+        kinds = self.inventory.architecture.groups
+        return [found for group in kinds if (found := [shape for shape in shapes if shape.kind in group])]
+
+    def _layers(self, index: int, shapes: Sequence[LayerShape], hidden: Sequence[Tensor]) -> list[Layer]:
+        """The layers with the statistics that the compressor needs, through the blocks as they are now."""
+        runner, modules = self.runner(), {shape.name: self.model.get_submodule(shape.name) for shape in shapes}
+        moments: Mapping[str, Tensor] = {}
+        inputs: Mapping[str, Tensor] = {}
+        if self.work.needs.statistics in ("second_moment", "inputs"):
+            moments = block_moments(runner, index, hidden, modules)
+        if self.work.needs.statistics == "inputs":
+            inputs = layer_inputs(runner, index, hidden, modules)
+        return [
+            Layer(shape, moments.get(shape.name), inputs.get(shape.name), self.work.budget) for shape in shapes
+        ]
+
+    def _group(
+        self,
+        compressor: LayerCompressor,
+        index: int,
+        shapes: Sequence[LayerShape],
+        weights: Mapping[str, StoredTensor],
+        hidden: Sequence[Tensor],
+    ) -> None:
+        for layer in self._layers(index, shapes, hidden):
+            weight = read_weight(weights[layer.name], self.inventory.architecture).to(self.work.device)
+            restored = self._compress(compressor, weight, layer)
+            set_weight(self.model.get_submodule(layer.name), restored, self.inventory.architecture)
+
+    def _block(
+        self,
+        compressor: BlockCompressor,
+        index: int,
+        shapes: Sequence[LayerShape],
+        weights: Mapping[str, StoredTensor],
+        hidden: Sequence[Tensor],
+    ) -> None:
+        runner = self.runner()
+        module = runner.blocks[index]
+        targets = runner.run_all(index, hidden)
+        block = Block(
+            index, module, self._layers(index, shapes, hidden), lambda states, batch: runner.run(index, states, batch)
+        )
+        generator = seeded_generator(self.work.seed, f"block {index}")
+        with torch.set_grad_enabled(self.work.needs.gradients):
+            result = compressor.compress_block(block, hidden, targets, self.shared, generator)
+        lacking = {shape.name for shape in shapes} ^ result.layers.keys()
+        if lacking:
+            raise TrialFailed(f"block {index}: layers in and out differ: {', '.join(sorted(lacking))}")
+        architecture = self.inventory.architecture
+        for layer in block.layers:
+            weight = read_weight(weights[layer.name], architecture).to(self.work.device)
+            restored = self._store(compressor, weight, layer, result.layers[layer.name])
+            set_weight(self.model.get_submodule(layer.name), restored, architecture)
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in result.changed.items():
+            if name not in parameters or name.removesuffix(".weight") in weights:
+                raise TrialFailed(f"block {index}: {name!r} is not a tensor that a block may change")
+            parameters[name].data.copy_(tensor)
+            self.changed[name] = tensor
+
+    # -- one layer ------------------------------------------------------------------------------------------
+
+    def _compress(self, compressor: LayerCompressor, weight: Tensor, layer: Layer) -> Tensor:
+        if not bool(torch.isfinite(weight).all()):
+            raise TrialFailed(f"{layer.name}: the checkpoint's weight is not finite; it cannot be compressed")
+        generator = seeded_generator(self.work.seed, layer.name)
+        packed = compressor.compress(weight, layer, self.shared, generator)
+        return self._store(compressor, weight, layer, packed)
+
+    def _store(self, compressor: LayerCompressor, weight: Tensor, layer: Layer, packed: PackedLayer) -> Tensor:
+        """Keep the packed layer for the block's file; returns what it restores to, (out, in) float32."""
+        restored = restore_layer(compressor, packed, layer.shape, self.shared)
+        moment = layer.second_moment
+        shape = layer.shape
+        self.writer.add_layer(shape.name, packed)
+        self.stored.layers.append(
+            StoredLayer(
+                name=shape.name,
+                block=shape.block,
+                kind=shape.kind,
+                out_features=shape.out_features,
+                in_features=shape.in_features,
+                stored_dtype=shape.dtype,
+                bias=shape.bias,
+                file="",
+                roles=packed.roles,
+                error=relative_error(weight, restored),
+                calibrated_error=None if moment is None else calibrated_error(weight, restored, moment),
+            )
+        )
+        self.work.advance(shape.weights)
+        return restored
+
+    def _flush(self, index: int) -> None:
+        file = self.writer.flush_block(index)
+        self.stored.layers = [
+            layer.model_copy(update={"file": file}) if layer.file == "" else layer for layer in self.stored.layers
+        ]
+
+    def _rest(self) -> None:
+        dtype = torch_dtype(self.work.dtype)
+        rest = {
+            tensor.name: self.changed.get(tensor.name, read_tensor(tensor)).to(dtype) for tensor in self.inventory.rest
+        }
+        if left := self.changed.keys() - rest.keys():
+            raise TrialFailed(f"changed tensors that the checkpoint does not hold: {', '.join(sorted(left))}")
+        self.writer.write("rest.safetensors", rest)
+
+    def _whole(self, compressor: ModelCompressor) -> None:
+        sink = _WholeWriter()
+        generator = seeded_generator(self.work.seed, "model")
+        with torch.set_grad_enabled(self.work.needs.gradients):
+            compressor.compress(self.model, self.work.tokens, sink, generator)
+        self.writer.write("whole.safetensors", sink.tensors, sink.facts)
+        self.stored.form, self.stored.whole = "whole", sink.roles
+        self.stored.whole_weights = sink.weights
+        self.work.advance(self.shapes.weights)
+
+
+class _WholeWriter:
+    """Collects what a model compressor stores."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.roles: dict[str, Role] = {}
+        self.facts: dict[str, Any] = {}
+        self.weights = 0
+
+    def write(self, name: str, tensor: Tensor, role: Role, *, weights: int = 0) -> None:
+        """Only tensors that stand for linear weights are billed in linear bits; the others are the model's rest."""
+        self.tensors[name] = tensor
+        if weights:
+            self.roles[name] = role
+        self.weights += weights
+
+    def meta(self, facts: Mapping[str, Any]) -> None:
+        self.facts.update(facts)
+
+
+def restore_layer(
+    compressor: LayerCompressor, packed: PackedLayer, layer: LayerShape, shared: Shared | None
+) -> Tensor:
+    """(out, in) float32 from packed tensors alone. Raises TrialFailed for a wrong shape or non-finite weights."""
+    if set(packed.roles.values()) == {Role.DENSE} and set(packed.tensors) == {"weight"}:
+        restored = packed.tensors["weight"].to(torch.float32)
+    else:
+        restored = compressor.restore(packed, layer, shared)
+    if tuple(restored.shape) != (layer.out_features, layer.in_features):
+        raise TrialFailed(
+            f"{layer.name}: restored to {tuple(restored.shape)}, expected {(layer.out_features, layer.in_features)}"
+        )
+    if not bool(torch.isfinite(restored).all()):
+        raise TrialFailed(f"{layer.name}: the restored weight is not finite")
+    return restored

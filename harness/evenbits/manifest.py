@@ -1,0 +1,120 @@
+"""What an artifact says of itself: manifest.json, read and checked without torch.
+
+An artifact is a folder: manifest.json, blocks/*.safetensors (packed layers), shared.safetensors (what layers
+share), rest.safetensors (all other tensors at the evaluated dtype), adapters.safetensors, and the config and
+tokenizer files of the base model. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from evenbits.compressor import LayerShape, Role
+from evenbits.errors import ArtifactError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ADAPTER_A, ADAPTER_B = "adapter_a", "adapter_b"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredFile(_Frozen):
+    sha256: str
+    bytes: int
+
+
+class StoredLayer(_Frozen):
+    """A packed layer: its shape, where its tensors are, and the role of each.
+
+    error: relative squared error of the weights; calibrated_error: tr(E H E^T) / tr(W H W^T) on the statistics
+    the method was given, None for data-free methods.
+    """
+
+    name: str
+    block: int
+    kind: str
+    out_features: int
+    in_features: int
+    stored_dtype: str
+    bias: bool
+    file: str
+    roles: dict[str, Role]
+    error: float
+    calibrated_error: float | None = None
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(
+            self.name, self.block, self.kind, self.out_features, self.in_features, self.stored_dtype, self.bias
+        )
+
+    @property
+    def left_dense(self) -> bool:
+        return set(self.roles.values()) == {Role.DENSE}
+
+
+class Manifest(_Frozen):
+    """model_form: "layers" (packed layer by layer) or "whole" (a model compressor's own tensors, with `roles`)."""
+
+    schema_version: int = SCHEMA
+    key: str
+    evenbits: str
+    model: dict[str, Any]
+    method: str
+    distribution: str
+    options: dict[str, Any]
+    budget: dict[str, Any] | None
+    seed: int
+    recovery: tuple[dict[str, Any], ...]
+    calibration: dict[str, Any] | None
+    dtype: str
+    trust_remote_code: bool = False
+    model_form: str = "layers"
+    paper_bits: float
+    files: dict[str, StoredFile]
+    layers: tuple[StoredLayer, ...]
+    shared: dict[str, Role] = {}
+    whole: dict[str, Role] = {}
+    whole_weights: int = 0
+
+    def check_files(self, folder: Path) -> None:
+        """Compare every file with its sha256. Raises ArtifactError naming the first that differs."""
+        for name, stored in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise ArtifactError(f"{path}: missing; remove the folder {folder} and run again")
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != stored.sha256:
+                raise ArtifactError(
+                    f"{path}: sha256 differs from the manifest's, the file was damaged; "
+                    f"remove the folder {folder} and run again"
+                )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ArtifactError when there is none, it is damaged, or its schema is newer than this version's."""
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text())
+    except OSError:
+        raise ArtifactError(f"{folder}: not an artifact (no {MANIFEST})") from None
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged ({error}); remove the folder and run again") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise ArtifactError(f"{path}: schema {version} is newer than this evenbits knows ({SCHEMA}); upgrade evenbits")
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(f"{path}: {where}: {first['msg']}; remove the folder and run again") from None

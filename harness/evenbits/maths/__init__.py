@@ -1,0 +1,1 @@
+"""The mathematics that methods share. Everything here imports torch."""

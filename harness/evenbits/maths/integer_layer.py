@@ -1,0 +1,57 @@
+"""How integer codes on a grid are stored, and restored: the part that round-to-nearest and GPTQ share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evenbits.compressor import LayerCompressor, LayerShape, PackedLayer, Role, Shared
+from evenbits.integer import IntegerOptions, group_count, index_width
+from evenbits.maths.bitpack import pack, unpack
+from evenbits.maths.uniform import Grid, dequantise, group_of_column
+
+
+class IntegerLayerCompressor(LayerCompressor):
+    """Stores "codes" (out, in), "scale" (out, groups) float16, "zero" (out, groups) unless symmetric, and
+    "group_index" (in,) where groups are not neighbouring columns; all but the scales bit-packed."""
+
+    def __init__(self, options: IntegerOptions) -> None:
+        self.options = options
+
+    def store(
+        self,
+        codes: Tensor,
+        grid: Grid,
+        layer: LayerShape,
+        group: Tensor,
+        meta: dict[str, Any] | None = None,
+    ) -> PackedLayer:
+        """codes: (out, in) integer in the original column order; group: (in,) which group each column belongs to."""
+        tensors = {"codes": pack(codes, grid.bits), "scale": grid.scale.contiguous()}
+        roles = {"codes": Role.CODE, "scale": Role.SCALE}
+        if not self.options.symmetric:
+            tensors["zero"], roles["zero"] = pack(grid.zero, grid.bits), Role.ZERO
+        if self.options.has_group_index(layer):
+            width = index_width(grid.scale.shape[1])
+            tensors["group_index"], roles["group_index"] = pack(group, width), Role.CODE
+        return PackedLayer(tensors, roles, meta or {})
+
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        tensors, bits = packed.tensors, self.options.bits
+        groups = group_count(layer.in_features, self.options.group_size)
+        scale = tensors["scale"]
+        codes = unpack(tensors["codes"], bits, layer.weights).view(layer.out_features, layer.in_features)
+        if self.options.symmetric:
+            zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int64, device=scale.device)
+        else:
+            zero = unpack(tensors["zero"], bits, layer.out_features * groups).view(layer.out_features, groups)
+        if self.options.has_group_index(layer):
+            group = unpack(tensors["group_index"], index_width(groups), layer.in_features)
+        else:
+            group = group_of_column(layer.in_features, self.options.group_size, scale.device)
+        return dequantise(codes, scale, zero, group)
+
+    def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
+        return {"scale": packed.tensors["scale"]}

@@ -1,0 +1,134 @@
+"""What evaluators and hardware profilers declare and return. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from evenbits.compressor import Options
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+Better = Literal["lower", "higher"]
+
+
+def fingerprint_id(fields: Mapping[str, Any]) -> str:
+    """Twelve hex digits of the canonical JSON; numbers with different ids never share a column."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number with its interval, its protocol and the per-item values it was computed from.
+
+    items: one float per item (window, question), in a fixed order, so that two trials can be paired.
+    volatile: differs from run to run on one machine (time, memory, energy).
+    """
+
+    name: str
+    value: float
+    unit: str
+    better: Better
+    low: float | None = None
+    high: float | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    items: np.ndarray[Any, Any] | None = None
+    volatile: bool = False
+
+
+class Subject(Protocol):
+    """The restored model as an evaluator sees it."""
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    seed: int
+    facts: Mapping[str, Any]  # model, dtype, attention, kernel: belong in every fingerprint
+
+    def corpus(self, reference: Mapping[str, Any]) -> Text:
+        """Open a corpus named in the evaluator's options: {"name": ..., other keys are the corpus's options}."""
+        ...
+
+    def progress(self, total: int, what: str) -> Callable[[int], None]:
+        """A progress bar; call the result with the steps just done."""
+        ...
+
+
+class ProfileSubject(Protocol):
+    """What a profiler sees: it opens the model itself, so that loading can be measured."""
+
+    device: torch.device
+    seed: int
+    facts: Mapping[str, Any]
+    sizes: Mapping[str, int]  # bytes on disk: linear, model, and the dense model's
+    compress_peak_bytes: int | None  # of the compress stage, None for the dense model
+    compress_seconds: float | None
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """Restore the model and its tokenizer from what is stored."""
+        ...
+
+    def progress(self, total: int, what: str) -> Callable[[int], None]: ...
+
+
+class EvaluatorStage(Protocol):
+    def evaluate(self, subject: Subject) -> Sequence[Measurement]: ...
+
+
+class ProfilerStage(Protocol):
+    def profile(self, subject: ProfileSubject) -> Sequence[Measurement]: ...
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures quality. `corpora(options)` lists the corpora it reads, so that overlap with calibration is checked."""
+
+    name: str
+    summary: str
+    options: type[Options]
+    make: Callable[[Any], EvaluatorStage]
+    corpora: Callable[[Any], Sequence[Mapping[str, Any]]] = lambda options: ()
+
+
+@dataclass(frozen=True)
+class Profiler:
+    """Measures hardware cost; runs alone on the machine's cores."""
+
+    name: str
+    summary: str
+    options: type[Options]
+    make: Callable[[Any], ProfilerStage]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents of a corpus, and what identifies them.
+
+    identity: JSON facts for fingerprints: name, revision or sha256, split, join rule.
+    sampling: how the papers draw calibration samples from this corpus (see `evenbits.calibration`).
+    """
+
+    documents: Sequence[str]
+    join: str
+    identity: Mapping[str, Any]
+    sampling: Literal["even", "crop", "document", "blocks", "prompt"] = "even"
+
+    def joined(self) -> str:
+        return self.join.join(self.documents)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A source of text for calibration or for perplexity."""
+
+    name: str
+    summary: str
+    options: type[Options]
+    read: Callable[[Any], Text]

@@ -1,0 +1,141 @@
+"""Open base models and walk their linear layers, a block at a time."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from evenbits.compressor import LayerShape
+from evenbits.errors import TrialFailed
+from evenbits.shapes import Architecture, Inventory, StoredTensor
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+@contextmanager
+def guarded_randomness(seed: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's global generators inside, and put them back as they were after."""
+    python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def read_tensor(tensor: StoredTensor) -> Tensor:
+    """One tensor from its checkpoint file, as stored."""
+    with safe_open(tensor.file, framework="pt") as opened:
+        return opened.get_tensor(tensor.key)  # type: ignore[no-any-return]
+
+
+def read_weight(tensor: StoredTensor, architecture: Architecture) -> Tensor:
+    """(out, in) float32, whatever way round the checkpoint stores it."""
+    weight = read_tensor(tensor).to(torch.float32)
+    return weight.T.contiguous() if architecture.transposed else weight
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise TrialFailed(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
+
+
+def open_model(folder: Path, dtype: str, device: str | torch.device, *, trust_remote_code: bool = False) -> Any:
+    """The dense model in eval mode, at `dtype`, without gradients."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def build_model(folder: Path, state: Mapping[str, Tensor], dtype: str, *, trust_remote_code: bool = False) -> Any:
+    """A model from its config and a complete state; every weight comes from `state` or from a tied one.
+
+    Raises TrialFailed naming tensors that are missing or left over: nothing is initialised at random.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with guarded_randomness(0), warnings.catch_warnings():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code)
+    missing, unexpected = model.load_state_dict(dict(state), strict=False)
+    tied = {name for name, tensor in model.state_dict().items() if _is_tied(model, name, tensor, state)}
+    lacking = sorted(set(missing) - tied)
+    if lacking or unexpected:
+        names = [*(f"missing {name}" for name in lacking), *(f"left over {name}" for name in unexpected)]
+        raise TrialFailed(f"{folder}: stored tensors do not make the model: {', '.join(names[:3])} ({len(names)} in all)")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _is_tied(model: nn.Module, name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
+    """Whether `name` shares memory with a tensor that is in `state`."""
+    pointer = tensor.data_ptr()
+    return any(other.data_ptr() == pointer and key in state for key, other in model.state_dict().items() if key != name)
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name)
+
+
+def get_weight(module: nn.Module, architecture: Architecture) -> Tensor:
+    """(out, in) view of a linear layer's weight."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if architecture.transposed else weight
+
+
+@torch.no_grad()
+def set_weight(module: nn.Module, weight: Tensor, architecture: Architecture) -> None:
+    """weight: (out, in), any float dtype; cast to the module's."""
+    target = module.weight
+    assert isinstance(target, Tensor)
+    target.copy_(weight.T if architecture.transposed else weight)
+
+
+def check_coverage(model: nn.Module, inventory: Inventory) -> None:
+    """Refuse a model whose blocks hold linear layers that the inventory does not know.
+
+    Raises TrialFailed naming the first: they would silently stay dense.
+    """
+    known = {layer.name for layer, _ in inventory.layers}
+    blocks = inventory.architecture.blocks + "."
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if name.startswith(blocks) and isinstance(weight, Tensor) and weight.dim() >= 2 and name not in known:
+            raise TrialFailed(f"{name} ({type(module).__name__}) is not understood and would stay dense")
+
+
+def layer_modules(model: nn.Module, layers: Mapping[str, LayerShape]) -> dict[str, nn.Module]:
+    return {name: model.get_submodule(name) for name in layers}
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module)

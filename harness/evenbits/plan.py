@@ -1,0 +1,363 @@
+"""Suite -> trials. Each is known by a hash of all that determines its result; what cannot run is a skip with
+its reason. Reads file headers only: no weights, no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from evenbits.budget import BitBudget
+from evenbits.compressor import Compressor, Estimate, ModelShapes, Refusal, Role
+from evenbits.environment import package_version
+from evenbits.errors import PluginError, SuiteError
+from evenbits.plugins import Provided, Registry
+from evenbits.provenance import source_digest
+from evenbits.record import Bits, BudgetFacts, ModelFacts
+from evenbits.shapes import WIDTHS, read_inventory
+from evenbits.sources import DigestCache, ModelSource, find_model
+from evenbits.suite import Limits, MethodSpec, StageSpec, Suite, check_options
+
+DENSE = "dense"
+# what decides how a method is driven and stored, whatever the method
+COMPRESS_MODULES = ("evenbits.driver", "evenbits.artifact")
+MEASURE_MODULES = ("evenbits.artifact", "evenbits.driver")
+LIBRARIES = ("torch", "transformers")
+
+
+def content_hash(facts: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of the canonical JSON."""
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model with its shapes at the dtype it is evaluated in."""
+
+    source: ModelSource
+    dtype: str
+    shapes: ModelShapes
+    facts: ModelFacts
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A recovery, evaluator or profiler with checked options and the digest of its code."""
+
+    name: str
+    options: Mapping[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One thing to compress (or not) and to measure.
+
+    chain: keys of the artifacts that lead to the one that is measured: the method's own, then one after each
+    recovery stage; empty for the dense model as it is.
+    """
+
+    id: str
+    chain: tuple[str, ...]
+    suite: str
+    model: PlannedModel
+    method: str
+    label: str
+    distribution: str
+    options: Mapping[str, Any]
+    budget: BitBudget | None
+    seed: int
+    recovery: tuple[Stage, ...]
+    calibration: Mapping[str, Any] | None
+    predicted: Bits | None
+    predicted_bytes: int | None
+    evaluators: tuple[Stage, ...]
+    profilers: tuple[Stage, ...]
+    device: str
+    limits: Limits = Limits()
+    allowed_overlap: float = 0.01
+
+    @property
+    def artifact(self) -> str | None:
+        return self.chain[-1] if self.chain else None
+
+    @property
+    def title(self) -> str:
+        stages = "".join(f"+{stage.name}" for stage in self.recovery)
+        budget = f" @ {self.budget.centre:g}" if self.budget else ""
+        return f"{self.model.facts.name} {self.label}{stages}{budget} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What the suite asks for and cannot be had, with the reason."""
+
+    id: str
+    model: PlannedModel
+    method: str
+    label: str
+    options: Mapping[str, Any]
+    budget: BitBudget | None
+    recovery: tuple[Stage, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    suite: Suite
+    trials: tuple[Trial, ...]
+    skips: tuple[Skip, ...] = ()
+    order: tuple[str, ...] = field(default=())  # ids of trials and skips as tables list them
+
+
+def budget_facts(budget: BitBudget | None) -> BudgetFacts | None:
+    return None if budget is None else BudgetFacts(centre=budget.centre, window=budget.window, on=budget.on)
+
+
+def plan_model(source: ModelSource, dtype: str) -> PlannedModel:
+    """Read the headers; `dtype` "auto" keeps the stored one."""
+    inventory = read_inventory(source.folder)
+    evaluated = inventory.dtype if dtype == "auto" else dtype
+    shapes = inventory.shapes(evaluated)
+    width = WIDTHS[evaluated]
+    facts = ModelFacts(
+        name=source.name,
+        revision=source.revision,
+        dtype=evaluated,
+        parameters=shapes.parameters,
+        linear_weights=shapes.weights,
+        stored_bits=8 * WIDTHS[inventory.dtype],
+        linear_bytes=shapes.weights * width,
+        model_bytes=shapes.weights * width + shapes.rest_bytes,
+    )
+    return PlannedModel(source, evaluated, shapes, facts)
+
+
+def _stages(registry: Registry, kind: str, what: str, specs: Iterable[StageSpec]) -> tuple[Stage, ...]:
+    stages = []
+    for spec in specs:
+        provided = registry.find(kind, spec.name, what)
+        options = check_options(provided.value.options, spec.options, f"{what} {spec.name}: options")
+        stages.append(Stage(spec.name, options.model_dump(mode="json"), source_digest(provided.package)))
+    return tuple(stages)
+
+
+def _call(provided: Provided[Compressor], what: str, *arguments: Any) -> Any:
+    """Plugin code at planning: a crash names the plugin and does not take the plan down with a riddle."""
+    try:
+        return getattr(provided.value, what)(*arguments)
+    except SuiteError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"method {provided.value.name!r} of plugin {provided.plugin.origin}: {what} failed: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+class Planner:
+    """Turns one suite into a plan; keeps what trials share."""
+
+    def __init__(self, suite: Suite, registry: Registry) -> None:
+        self.suite = suite
+        self.registry = registry
+        self.evaluators = tuple(
+            replace(stage, digest=self._with_corpora(stage))
+            for stage in _stages(registry, "evaluators", "evaluator", suite.evaluators)
+        )
+        self.profilers = _stages(registry, "profilers", "profiler", suite.profilers)
+        self.libraries = {name: package_version(name) for name in LIBRARIES}
+        self.trials: list[Trial] = []
+        self.skips: list[Skip] = []
+        self.order: list[str] = []
+        corpora = {str(suite.calibration.corpus.get("name"))} if suite.calibration else set()
+        self._corpus_digests = {
+            name: source_digest(registry.find("corpora", name, "corpus").package) for name in sorted(corpora)
+        }
+        self._dumped = {
+            "evaluators": [asdict(stage) for stage in self.evaluators],
+            "profilers": [asdict(stage) for stage in self.profilers],
+            "digest": source_digest(*MEASURE_MODULES),
+            "libraries": self.libraries,
+        }
+
+    def _with_corpora(self, stage: Stage) -> str:
+        """An evaluator's digest covers the code of the corpora that it reads."""
+        evaluator = self.registry.find("evaluators", stage.name, "evaluator").value
+        names = [str(c.get("name")) for c in evaluator.corpora(evaluator.options.model_validate(dict(stage.options)))]
+        packages = [self.registry.find("corpora", name, "corpus").package for name in names]
+        return source_digest(self.registry.find("evaluators", stage.name, "evaluator").package, *packages)
+
+    def calibration(self, seed: int) -> dict[str, Any] | None:
+        if self.suite.calibration is None:
+            return None
+        facts = self.suite.calibration.model_dump(mode="json", exclude={"allowed_overlap"})
+        return {**facts, "seed": seed, "digests": self._corpus_digests}
+
+    def plan(self, models: Sequence[PlannedModel]) -> Plan:
+        for model in models:
+            self._dense(model)
+            for method in self.suite.methods:
+                for budget in [None] if method.budget == "free" else [spec.budget() for spec in self.suite.budgets]:
+                    self._method(model, method, budget)
+        return Plan(self.suite, tuple(self.trials), tuple(self.skips), tuple(self.order))
+
+    def _dense(self, model: PlannedModel) -> None:
+        for stages in ((), *self.suite.dense_recovery):
+            recovery = _stages(self.registry, "recoveries", "recovery stage", stages)
+            for seed in self.suite.seeds if recovery else self.suite.seeds[:1]:
+                self._add(model, DENSE, DENSE, None, {}, None, seed, recovery, None, None)
+
+    def _method(self, model: PlannedModel, method: MethodSpec, budget: BitBudget | None) -> None:
+        provided: Provided[Compressor] = self.registry.find("compressors", method.name, "method")
+        compressor = provided.value
+        recovery = _stages(self.registry, "recoveries", "recovery stage", method.recovery)
+        label = method.label or method.name
+        extra = self._recovery_bytes(recovery, model)
+
+        def skip(reason: str, options: Mapping[str, Any]) -> None:
+            facts = {"skip": reason, "model": model.facts.revision, "method": label, "budget": str(budget)}
+            entry = Skip(content_hash(facts), model, method.name, label, options, budget, recovery, reason)
+            self.skips.append(entry)
+            self.order.append(entry.id)
+
+        if budget is None:
+            options: Any = check_options(compressor.options, method.options, f"method {method.name}: options")
+        else:
+            room = _less(budget, extra, model.shapes)
+            if isinstance(room, Refusal):
+                return skip(room.reason, method.options)
+            options = _call(provided, "fit", room, model.shapes, method.options)
+            if isinstance(options, Refusal):
+                return skip(options.reason, method.options)
+        needs = _call(provided, "needs_of", options)
+        calibrated = needs.statistics != "none" or bool(recovery)
+        if calibrated and self.suite.calibration is None:
+            return skip("needs calibration data; give the suite a [calibration] table", method.options)
+        if needs.device == "cuda" and not self.suite.device.startswith("cuda"):
+            return skip(f'needs a CUDA device, and the suite asks for "{self.suite.device}"', method.options)
+        if needs.environment is not None:
+            return skip(f"needs the environment {needs.environment!r}, which evenbits cannot make yet", method.options)
+        estimate: Estimate = _call(provided, "predict", options, model.shapes)
+        seeded = calibrated or compressor.stochastic
+        for seed in self.suite.seeds if seeded else self.suite.seeds[:1]:
+            self._add(
+                model, method.name, label, provided, options.model_dump(mode="json"), budget, seed, recovery,
+                self.calibration(seed) if calibrated else None, replace_bytes(estimate, extra),
+            )  # fmt: skip
+        return None
+
+    def _recovery_bytes(self, recovery: Sequence[Stage], model: PlannedModel) -> dict[Role, int]:
+        extra: dict[Role, int] = {}
+        for stage in recovery:
+            descriptor = self.registry.find("recoveries", stage.name, "recovery stage").value
+            options = descriptor.options.model_validate(dict(stage.options))
+            for role, count in descriptor.predict(options, model.shapes).items():
+                extra[role] = extra.get(role, 0) + count
+        return extra
+
+    def _add(
+        self,
+        model: PlannedModel,
+        method: str,
+        label: str,
+        provided: Provided[Compressor] | None,
+        options: Mapping[str, Any],
+        budget: BitBudget | None,
+        seed: int,
+        recovery: tuple[Stage, ...],
+        calibration: Mapping[str, Any] | None,
+        estimate: Estimate | None,
+    ) -> None:
+        if recovery and calibration is None:
+            calibration = self.calibration(seed)
+        chain: list[str] = []
+        if provided is not None or recovery:
+            facts: dict[str, Any] = {
+                "model": model.facts.revision,
+                "dtype": model.dtype,
+                "device": self.suite.device.split(":")[0],
+                "method": method,
+                "options": options,
+                "budget": str(budget),
+                "seed": seed,
+                "calibration": calibration,
+                "digest": source_digest(*COMPRESS_MODULES, *([provided.package] if provided else [])),
+                "libraries": self.libraries,
+            }
+            chain.append(content_hash(facts))
+            for stage in recovery:
+                digest = source_digest("evenbits.recovery")
+                chain.append(content_hash({"after": chain[-1], "stage": asdict(stage), "digest": digest}))
+        trial = Trial(
+            id="",
+            chain=tuple(chain),
+            suite=self.suite.name,
+            model=model,
+            method=method,
+            label=label,
+            distribution=provided.distribution if provided else "",
+            options=options,
+            budget=budget,
+            seed=seed,
+            recovery=recovery,
+            calibration=calibration,
+            predicted=None if estimate is None else _bits(estimate, model.shapes),
+            predicted_bytes=None if estimate is None else estimate.linear_bytes + model.shapes.rest_bytes,
+            evaluators=self.evaluators,
+            profilers=self.profilers,
+            device=self.suite.device,
+            limits=self.suite.limits,
+            allowed_overlap=self.suite.calibration.allowed_overlap if self.suite.calibration else 1.0,
+        )
+        identity = {"artifact": trial.artifact, "model": model.facts.revision, "dtype": model.dtype, "label": label}
+        identity |= {"seed": seed, "device": self.suite.device.split(":")[0], **self._dumped}
+        trial = replace(trial, id=content_hash(identity))
+        if trial.id in self.order:
+            return  # the same entry twice in a suite is one trial
+        self.trials.append(trial)
+        self.order.append(trial.id)
+
+
+def replace_bytes(estimate: Estimate, extra: Mapping[Role, int]) -> Estimate:
+    """The estimate with a recovery stage's bytes added."""
+    roles = dict(estimate.role_bytes)
+    for role, count in extra.items():
+        roles[role] = roles.get(role, 0) + count
+    return replace(estimate, role_bytes=roles)
+
+
+def _less(budget: BitBudget, extra: Mapping[Role, int], shapes: ModelShapes) -> BitBudget | Refusal:
+    """The budget that is left once the recovery stage's own bytes are paid."""
+    total = sum(extra.values())
+    if not total:
+        return budget
+    taken = 8 * total / (shapes.weights if budget.on == "linear" else shapes.parameters)
+    if taken >= budget.lower:
+        return Refusal(f"the recovery stage alone takes {taken:.3f} bits of {budget}")
+    return BitBudget(budget.centre - taken, budget.window, budget.on)
+
+
+def _bits(estimate: Estimate, shapes: ModelShapes) -> Bits:
+    return Bits(
+        index=estimate.index_bits,
+        paper=estimate.paper_bits,
+        linear=estimate.linear_bits(shapes),
+        model=estimate.model_bits(shapes),
+    )
+
+
+def make_plan(suite: Suite, registry: Registry, *, cache: Path | None = None, download: bool = False) -> Plan:
+    """Raises SuiteError for models that are missing, not understood, or without linear layers."""
+    digests = DigestCache(cache / "digests.json" if cache else None)
+    models = [
+        plan_model(find_model(spec, registry, digests, download=download), suite.dtype) for spec in suite.model
+    ]
+    if cache is not None:
+        digests.save()
+    return Planner(suite, registry).plan(models)

@@ -1,0 +1,167 @@
+"""Pareto plots: linear bits against quality, one figure a model and metric. matplotlib is loaded when one is drawn.
+
+Figures are made without pyplot, so no global state; the same table gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evenbits.errors import MissingExtra
+from evenbits.tables import Column, ModelTable, Row, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart under the common colour-vision deficiencies; yellow is left out on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
+INK = "#333333"
+WIDE_RANGE = 4.0  # largest over smallest from which on the quality axis is logarithmic
+
+
+def draw_pareto(table: Table) -> dict[str, bytes]:
+    """File name -> PNG or SVG bytes, for every quality metric that some compressed row has.
+
+    Raises MissingExtra where matplotlib is absent.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("matplotlib", "plots") from None
+    files: dict[str, bytes] = {}
+    look = {"svg.fonttype": "none", "svg.hashsalt": "evenbits", "font.family": ["DejaVu Sans"], "font.size": 9}
+    for model in table.models:
+        for column in model.columns:
+            rows = [row for row in _compressed(model) if _drawable(row, column)]
+            if not column.quality or not rows:
+                continue
+            name = _file_name(model, column, files)
+            with mpl.rc_context(look):
+                figure = Figure(figsize=(8, 4.8), layout="constrained")
+                FigureCanvasAgg(figure)
+                _draw(figure.add_subplot(), model, column, rows)
+                for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+                    buffer = io.BytesIO()
+                    figure.savefig(buffer, format=kind, dpi=160, metadata=facts)
+                    files[f"{name}.{kind}"] = buffer.getvalue()
+    return files
+
+
+def pareto_front(points: Sequence[tuple[float, float]], better: str) -> list[int]:
+    """Indices, by rising bits, of the points that no other beats or equals in both bits and quality.
+
+    points: (bits, value). Of equal points the first stands.
+    """
+    sign = 1.0 if better == "lower" else -1.0
+    front: list[int] = []
+    best = math.inf
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1], i)):
+        if sign * points[index][1] < best:
+            best = sign * points[index][1]
+            front.append(index)
+    return front
+
+
+def _draw(axes: Axes, model: ModelTable, column: Column, rows: Sequence[Row]) -> None:
+    dense = next((r for r in model.dense if not r.recovery and _drawable(r, column)), None)
+    budgets = [s.budget for s in model.sections if s.budget is not None and s.budget.on == "linear"]
+    shaded = sorted({(b.centre - b.window, b.centre + b.window) for b in budgets})
+    for low, high in shaded:
+        axes.axvspan(low, high, color="#8C8C8C", alpha=0.13, linewidth=0, zorder=0)
+    plain = sorted({row.name for row in rows})
+    for number, name in enumerate(sorted({_method(row) for row in rows})):
+        own = sorted((row for row in rows if _method(row) == name), key=lambda row: row.bits.linear)
+        colour = COLOURS[plain.index(own[0].name) % len(COLOURS)]  # a method keeps its colour through recovery
+        _draw_method(axes, column, own, name, colour, MARKERS[number % len(MARKERS)])
+    points = [(row.bits.linear, row.cells[column.key].value) for row in rows]
+    front = [points[i] for i in pareto_front(points, column.better)]
+    axes.plot(
+        *zip(*front, strict=True), color="#BDBDBD", linewidth=5, alpha=0.7, zorder=1, drawstyle="steps-post",
+        solid_joinstyle="round", label="Pareto front",
+    )  # fmt: skip
+    values = [value for _, value in points]
+    if dense is not None:
+        value = dense.cells[column.key].value
+        values.append(value)
+        axes.axhline(value, color=INK, linewidth=1, zorder=1, label=f"dense ({value:.4g})")
+    if min(values) > 0 and max(values) / min(values) >= WIDE_RANGE:
+        _logarithmic(axes)
+    bits = [b for b, _ in points] + [edge for window in shaded for edge in window]
+    pad = 0.06 * max(max(bits) - min(bits), 0.5)
+    axes.set_xlim(min(bits) - pad, max(bits) + pad)
+    unit = "" if column.unit in ("", "1") or column.unit == column.name else f" ({column.unit})"
+    axes.set_xlabel("linear bits per weight, from bytes on disk")
+    axes.set_ylabel(f"{column.title}{unit}, {column.better} is better")
+    title = f"{model.model.name}: {column.title} at even bits"
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    legend = axes.figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
+    if shaded:
+        legend.set_title("grey: budget windows")
+        legend.get_title().set_fontsize(8.5)
+
+
+def _draw_method(axes: Axes, column: Column, rows: Sequence[Row], name: str, colour: str, marker: str) -> None:
+    line = ":" if rows[0].recovery else "-"
+    bits = [row.bits.linear for row in rows]
+    cells = [row.cells[column.key] for row in rows]
+    spans: list[list[float]] = [[], []]
+    for cell in cells:
+        spans[0].append(max(0.0, cell.value - cell.low) if cell.low is not None and math.isfinite(cell.low) else 0.0)
+        spans[1].append(max(0.0, cell.high - cell.value) if cell.high is not None and math.isfinite(cell.high) else 0.0)
+    axes.errorbar(
+        bits, [cell.value for cell in cells], yerr=spans if any(map(any, spans)) else None, color=colour, linewidth=1,
+        linestyle=line, alpha=0.9, elinewidth=1, capsize=2.5, zorder=2,
+    )  # fmt: skip
+    for row, cell in zip(rows, cells, strict=True):  # hollow: outside its window
+        axes.plot(
+            row.bits.linear, cell.value, marker, color=colour, markersize=6.5, zorder=3,
+            markerfacecolor=colour if row.within else "white", markeredgewidth=1.4,
+        )  # fmt: skip
+    axes.plot([], [], marker=marker, color=colour, linewidth=1, linestyle=line, markersize=6.5, label=name)
+    if not all(row.within for row in rows):
+        axes.plot([], [], marker, color=colour, markersize=6.5, markerfacecolor="white", label=f"{name}, off window")
+
+
+def _logarithmic(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    few = math.log10(high / low) < 2.2
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if few else (1,)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _compressed(model: ModelTable) -> Iterator[Row]:
+    for section in model.sections:
+        yield from (*section.rows, *section.outside)
+
+
+def _drawable(row: Row, column: Column) -> bool:
+    cell = row.cells.get(column.key)
+    return cell is not None and math.isfinite(cell.value)
+
+
+def _method(row: Row) -> str:
+    return " + ".join([row.name, *row.recovery])
+
+
+def _file_name(model: ModelTable, column: Column, taken: dict[str, Any]) -> str:
+    words = f"pareto-{model.model.name}-{column.name}" + (f"-{column.letter}" if column.letter else "")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", words).strip("-")
+    number = 2
+    unique = name
+    while f"{unique}.png" in taken:
+        unique, number = f"{name}-{number}", number + 1
+    return unique

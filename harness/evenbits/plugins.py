@@ -1,0 +1,240 @@
+"""Discover plugins, attribute what they provide, refuse clashes, survive the broken.
+
+A plugin that cannot be imported, misspells a hook, or clashes with another is one line in `Registry.problems`;
+all the others work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, Literal, TypeVar
+
+import pluggy
+
+from evenbits import hookspecs
+from evenbits.compressor import Compressor, Recovery
+from evenbits.errors import EvenbitsError, PluginError, SuiteError
+from evenbits.measure import Corpus, Evaluator, Profiler
+
+T = TypeVar("T")
+
+DISABLE = "EVENBITS_DISABLE"
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One entry point: what it is, whence it comes, what it implements, and what is wrong with it."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+    status: Literal["ok", "disabled", "broken"]
+    hooks: tuple[str, ...] = ()
+    problem: str | None = None
+
+    @property
+    def origin(self) -> str:
+        return f"{self.name} ({self.distribution} {self.version})"
+
+
+@dataclass(frozen=True)
+class Provided(Generic[T]):
+    """An object with the plugin it came from."""
+
+    value: T
+    plugin: PluginInfo
+
+    @property
+    def distribution(self) -> str:
+        return f"{self.plugin.distribution} {self.plugin.version}"
+
+    @property
+    def package(self) -> str:
+        return self.plugin.module
+
+
+def _origin_of(entry: EntryPoint) -> tuple[str, str]:
+    return (entry.dist.name, entry.dist.version) if entry.dist else ("unknown", "?")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean "x"?' where something is near, else what is known."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f'; did you mean "{near[0]}"?'
+    return f"; known: {', '.join(names)}" if names else "; none is installed"
+
+
+def _check_hooks(module: Any) -> tuple[str, ...]:
+    """Names of the hooks a module implements. Raises PluginError for a name that is no hook."""
+    found = []
+    for name in dir(module):
+        value = getattr(module, name, None)
+        if getattr(value, f"{hookspecs.NAMESPACE}_impl", None) is None:
+            continue
+        if name not in hookspecs.HOOKS:
+            raise PluginError(f"{name} is not a hook{did_you_mean(name, hookspecs.HOOKS)}")
+        found.append(name)
+    if not found:
+        raise PluginError("implements no hook (mark its functions with evenbits.hookspecs.hookimpl)")
+    return tuple(found)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, EvenbitsError) else f"{type(error).__name__}: {text}"
+
+
+@dataclass
+class Registry:
+    """What is installed. Objects are collected when first asked for."""
+
+    manager: pluggy.PluginManager
+    plugins: list[PluginInfo] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def _each(self, hook: str) -> Iterator[tuple[PluginInfo, Callable[..., Any]]]:
+        by_name = {info.name: info for info in self.plugins}
+        for impl in getattr(self.manager.hook, hook).get_hookimpls():
+            yield by_name[impl.plugin_name], impl.function
+
+    def _collect(self, hook: str, kind: type[T], what: str) -> dict[str, Provided[T]]:
+        """Objects by name; of two with one name neither is taken, so that nobody measures the wrong one."""
+        found: dict[str, Provided[T]] = {}
+        clashing: set[str] = set()
+        for info, function in self._each(hook):
+            try:
+                values = list(function())
+                wrong = [value for value in values if not isinstance(value, kind)]
+                if wrong:
+                    raise PluginError(f"{hook} returned {type(wrong[0]).__name__}, expected {kind.__name__}")
+            except Exception as error:
+                self.problems.append(f"plugin {info.origin}: {_one_line(error)}; its {what}s are not available")
+                continue
+            for value in values:
+                name: str = value.name  # type: ignore[attr-defined]
+                if name in found:
+                    other = found[name].plugin
+                    self.problems.append(
+                        f'{what} "{name}" is provided by {other.origin} and by {info.origin}: neither is used; '
+                        f"disable one with {DISABLE}={info.name}"
+                    )
+                    clashing.add(name)
+                else:
+                    found[name] = Provided(value, info)
+        return {name: provided for name, provided in found.items() if name not in clashing}
+
+    @cached_property
+    def compressors(self) -> dict[str, Provided[Compressor]]:
+        return self._collect("provide_compressors", Compressor, "method")
+
+    @cached_property
+    def recoveries(self) -> dict[str, Provided[Recovery]]:
+        return self._collect("provide_recoveries", Recovery, "recovery stage")
+
+    @cached_property
+    def evaluators(self) -> dict[str, Provided[Evaluator]]:
+        return self._collect("provide_evaluators", Evaluator, "evaluator")
+
+    @cached_property
+    def profilers(self) -> dict[str, Provided[Profiler]]:
+        return self._collect("provide_profilers", Profiler, "profiler")
+
+    @cached_property
+    def corpora(self) -> dict[str, Provided[Corpus]]:
+        return self._collect("provide_corpora", Corpus, "corpus")
+
+    def _named(self, hook: str, what: str) -> dict[str, Provided[Any]]:
+        found: dict[str, Provided[Any]] = {}
+        for info, function in self._each(hook):
+            try:
+                for name, value in dict(function()).items():
+                    if name in found:
+                        raise PluginError(f'{what} "{name}" is also provided by {found[name].plugin.origin}')
+                    found[name] = Provided(value, info)
+            except Exception as error:
+                self.problems.append(f"plugin {info.origin}: {_one_line(error)}")
+        return found
+
+    @cached_property
+    def models(self) -> dict[str, Provided[Any]]:
+        return self._named("provide_models", "model")
+
+    @cached_property
+    def executors(self) -> dict[str, Provided[Any]]:
+        return self._named("provide_executors", "executor")
+
+    def collect_all(self) -> None:
+        """Ask every plugin for everything, so that `problems` is complete."""
+        for kind in ("compressors", "recoveries", "evaluators", "profilers", "corpora", "models", "executors"):
+            getattr(self, kind)
+
+    def find(self, kind: str, name: str, what: str) -> Provided[Any]:
+        """Look up by name. Raises SuiteError with near names, or with the reason why its plugin is out."""
+        table: Mapping[str, Provided[Any]] = getattr(self, kind)
+        if name in table:
+            return table[name]
+        for problem in self.problems:
+            if f'"{name}"' in problem:
+                raise SuiteError(f"{what} {name!r}: {problem}")
+        for info in self.plugins:
+            if info.name == name and info.status != "ok":
+                raise SuiteError(f"{what} {name!r}: its plugin {info.origin} is {info.status}: {info.problem}")
+        raise SuiteError(f"unknown {what} {name!r}{did_you_mean(name, table)}")
+
+    def announce(self, hook: str, notice: Callable[[str], None], **arguments: Any) -> None:
+        """Call an event hook, implementation by implementation: one that fails is a notice, the others go on."""
+        for info, function in self._each(hook):
+            impl_arguments = {
+                k: v for k, v in arguments.items() if k in function.__code__.co_varnames[: function.__code__.co_argcount]
+            }
+            try:
+                function(**impl_arguments)
+            except Exception as error:
+                notice(f"plugin {info.origin}: {hook}: {_one_line(error)}")
+
+
+def _disabled() -> set[str]:
+    return {name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
+
+
+def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
+    """Load every entry point of the group "evenbits" (or those given), in order of name."""
+    manager = pluggy.PluginManager(hookspecs.NAMESPACE)
+    manager.add_hookspecs(hookspecs)
+    registry = Registry(manager)
+    found = sorted(entries if entries is not None else entry_points(group="evenbits"), key=lambda entry: entry.name)
+    disabled = _disabled()
+    names = [entry.name for entry in found]
+    for entry in found:
+        distribution, version = _origin_of(entry)
+        info = {"name": entry.name, "module": entry.module, "distribution": distribution, "version": version}
+        if entry.name in disabled:
+            registry.plugins.append(PluginInfo(**info, status="disabled", problem=f"by {DISABLE}"))
+            continue
+        try:
+            if names.count(entry.name) > 1:
+                others = [f"{e.module} of {_origin_of(e)[0]}" for e in found if e.name == entry.name and e != entry]
+                raise PluginError(f"another plugin has this name ({', '.join(others)}): neither is loaded")
+            module = entry.load()
+            hooks = _check_hooks(module)
+            manager.register(module, entry.name)
+        except Exception as error:
+            if manager.has_plugin(entry.name):
+                manager.unregister(name=entry.name)
+            problem = _one_line(error)
+            broken = PluginInfo(**info, status="broken", problem=problem)
+            registry.plugins.append(broken)
+            registry.problems.append(f"plugin {broken.origin} is left out: {problem}")
+        else:
+            registry.plugins.append(PluginInfo(**info, status="ok", hooks=hooks))
+    for name in sorted(disabled - set(names)):
+        registry.problems.append(f"{DISABLE} names {name!r}, which is not installed{did_you_mean(name, names)}")
+    return registry

@@ -1,0 +1,78 @@
+"""Digests of source code: a version number does not change when code does, a digest does. Imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+
+@cache
+def _sources(package: str) -> tuple[tuple[str, Path], ...]:
+    """(module name, file) of a module, or of a package with all that is inside it."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return ()
+    if spec is None or spec.origin is None:
+        return ()
+    origin = Path(spec.origin)
+    if origin.name != "__init__.py":
+        return ((package, origin),)
+    root = origin.parent
+    found = []
+    for file in sorted(root.rglob("*.py")):
+        inside = file.relative_to(root).with_suffix("").parts
+        name = ".".join((package, *(part for part in inside if part != "__init__")))
+        found.append((name, file))
+    return tuple(found)
+
+
+def _typing_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@cache
+def _harness_imports(file: Path) -> frozenset[str]:
+    """Modules of evenbits that a file imports at run time, at any depth of nesting."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(file.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.startswith("evenbits."))
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "evenbits":
+            found.update({node.module} | {f"{node.module}.{alias.name}" for alias in node.names})
+        pending.extend(child for child in ast.iter_child_nodes(node) if not _typing_only(child))
+    return frozenset(found - {"evenbits"})
+
+
+@cache
+def source_digest(*roots: str) -> str:
+    """sha256 over the files of the given modules and packages and of the harness modules they reach.
+
+    A plugin's package counts whole; of the harness, only what is imported counts.
+    """
+    return _digest(roots)
+
+
+def _digest(roots: Iterable[str]) -> str:
+    files: dict[str, Path] = {}
+    pending = list(roots)
+    while pending:
+        name = pending.pop()
+        if name in files:
+            continue
+        whole_package = not name.startswith("evenbits.")
+        for module, file in _sources(name):
+            if module in files or (module != name and not whole_package):
+                continue
+            files[module] = file
+            pending.extend(_harness_imports(file) - files.keys())
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name].read_bytes() + b"\0")
+    return digest.hexdigest()

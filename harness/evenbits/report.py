@@ -1,0 +1,92 @@
+"""Reports from records, and from nothing else: tables, plots and the machine-readable list can always be made again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evenbits.record import Record, write_atomically
+from evenbits.report_text import as_csv, as_markdown, as_terminal, why
+from evenbits.tables import Table, Verdict, dense_bits, gather, verdict
+
+__all__ = ["Table", "Verdict", "as_csv", "as_json", "as_markdown", "as_terminal", "gather", "verdict", "write_report"]
+
+
+def as_json(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One object per trial, the dense model too. Bits and bytes are null and empty unless it is done.
+
+    A metric measured under several protocols in one trial: the second stands as "name@fingerprint". Numbers that
+    JSON has no form for (a diverged model's inf or nan) are null. "reason" only for skipped and failed trials.
+    """
+    return [_one(record) for record in records]
+
+
+def write_report(
+    folder: Path, records: Sequence[Record], folders: Mapping[str, Path] | None = None, *, plots: bool = True
+) -> list[Path]:
+    """Write report.md, report.csv, report.json and, unless told not to, the Pareto plots (PNG and SVG).
+
+    Returns the paths. Raises MissingExtra, before anything is written, when plots are wanted and matplotlib is absent.
+    """
+    from evenbits.plots import draw_pareto
+
+    table = gather(records, folders)
+    files: dict[str, bytes] = draw_pareto(table) if plots else {}
+    images = "".join(f"![{name[:-4]}]({name})\n\n" for name in files if name.endswith(".svg"))
+    files |= {
+        "report.md": (as_markdown(table) + ("\n" + images if images else "")).encode(),
+        "report.csv": as_csv(table).encode(),
+        "report.json": (json.dumps(as_json(records), indent=1, allow_nan=False) + "\n").encode(),
+    }
+    for name, data in files.items():
+        write_atomically(folder / name, data)
+    return [folder / name for name in sorted(files)]
+
+
+def _one(record: Record) -> dict[str, Any]:
+    bits: dict[str, float] | None = None
+    sizes: dict[str, int] = {}
+    if record.ledger is not None:
+        ledger = record.ledger
+        bits = ledger.bits.model_dump()
+        sizes = {**ledger.roles, "linear": ledger.linear_bytes, "model": ledger.model_bytes}
+    elif record.method == "dense" and record.status == "done":
+        model = record.model
+        bits = dense_bits(model).model_dump()
+        sizes = {"dense": model.linear_bytes, "linear": model.linear_bytes, "model": model.model_bytes}
+    metrics: dict[str, dict[str, Any]] = {}
+    fingerprints: dict[str, str] = {}
+    for metric in record.metrics:
+        name = metric.name if metric.name not in metrics else f"{metric.name}@{metric.fingerprint}"
+        metrics[name] = {
+            "value": _finite(metric.value),
+            "low": _finite(metric.low),
+            "high": _finite(metric.high),
+            "unit": metric.unit,
+            "better": metric.better,
+        }
+        fingerprints[name] = metric.fingerprint
+    found: dict[str, Any] = {
+        "model": record.model.name,
+        "method": record.method,
+        "options": record.options,
+        "budget": None if record.budget is None else record.budget.model_dump(),
+        "seed": record.seed,
+        "recovery": list(record.recovery),
+        "status": record.status,
+        "bits": bits,
+        "bytes": sizes,
+        "seconds": record.seconds,
+        "metrics": metrics,
+        "fingerprint": fingerprints,
+    }
+    if record.status != "done":
+        found["reason"] = why(record)
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

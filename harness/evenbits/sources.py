@@ -1,0 +1,96 @@
+"""Find a model's folder and pin what is in it. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from evenbits.errors import SuiteError
+from evenbits.files import NOT_WEIGHTS, write_atomically
+from evenbits.plugins import Registry
+from evenbits.suite import ModelSpec
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """name: as tables show it; revision: "sha256:..." of the files, or the hub's commit."""
+
+    name: str
+    folder: Path
+    revision: str
+    trust_remote_code: bool = False
+
+
+class DigestCache:
+    """sha256 of files, kept by path, size and modification time, so that a large model is read once."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, list[object]] = {}
+        if path is not None and path.is_file():
+            try:
+                self._known = json.loads(path.read_text())
+            except ValueError:
+                self._known = {}  # only a cache: what is unreadable is computed again
+
+    def file(self, path: Path) -> str:
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        known = self._known.get(str(path.resolve()))
+        if known is not None and known[:2] == stamp:
+            return str(known[2])
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._known[str(path.resolve())] = [*stamp, digest]
+        return digest
+
+    def folder(self, folder: Path) -> str:
+        """Over names and contents of everything that a model is loaded from."""
+        digest = hashlib.sha256()
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.endswith(NOT_WEIGHTS):
+                digest.update(f"{path.name}\0{self.file(path)}\0".encode())
+        return f"sha256:{digest.hexdigest()[:16]}"
+
+    def save(self) -> None:
+        if self._path is not None:
+            write_atomically(self._path, json.dumps(self._known).encode())
+
+
+def _from_hub(spec: ModelSpec, download: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    assert spec.id is not None
+    try:
+        return Path(
+            snapshot_download(
+                spec.id, revision=spec.revision, allow_patterns=HUB_FILES, local_files_only=not download
+            )
+        )
+    except LocalEntryNotFoundError:
+        advice = "the hub cannot be reached" if download else "`evenbits run` downloads it"
+        raise SuiteError(f"model {spec.id} at {spec.revision} is not in the local cache; {advice}") from None
+    except (HfHubHTTPError, RepositoryNotFoundError, OSError, ValueError) as error:
+        raise SuiteError(f"model {spec.id} at {spec.revision}: {' '.join(str(error).split())}") from None
+
+
+def find_model(spec: ModelSpec, registry: Registry, digests: DigestCache, *, download: bool = False) -> ModelSource:
+    """Raises SuiteError for an unknown name, a missing folder, or a hub model that is not at hand."""
+    if spec.id is not None:
+        folder = _from_hub(spec, download)
+        return ModelSource(spec.name or spec.id, folder, str(spec.revision), spec.trust_remote_code)
+    if spec.path is not None:
+        folder = Path(spec.path)
+    else:
+        folder = Path(registry.find("models", str(spec.name), "model").value)
+    if not folder.is_dir():
+        raise SuiteError(
+            f"model folder {folder} does not exist (looked from {Path.cwd()}); "
+            "give a folder with config.json and *.safetensors"
+        )
+    return ModelSource(spec.name or folder.resolve().name, folder, digests.folder(folder), spec.trust_remote_code)

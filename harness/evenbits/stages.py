@@ -1,0 +1,367 @@
+"""The stages of a trial as child processes run them: compress, evaluate, profile.
+
+The evaluating child sees only the artifact folder, or the dense model's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evenbits.artifact import Artifact, ArtifactWriter
+from evenbits.compressor import Needs, Recovery
+from evenbits.driver import Driver, Work
+from evenbits.errors import EvenbitsError, TrialFailed
+from evenbits.job import Job, StageResult
+from evenbits.ledger import dense_ledger, measure_bits
+from evenbits.manifest import MANIFEST
+from evenbits.measure import Measurement, fingerprint_id
+from evenbits.models import load_tokenizer, torch_dtype
+from evenbits.plan import DENSE, COMPRESS_MODULES, Stage, Trial, content_hash
+from evenbits.plugins import Registry, load_plugins
+from evenbits.record import LayerFacts, Ledger, MetricFacts
+from evenbits.recovery import LeaveDense, RecoveryWork, recover
+from evenbits.sampling import overlap, sample_windows
+from evenbits.subject import MeasuredModel, choose_device, make_compressor, read_corpus
+from evenbits.suite import check_options
+
+Report = Callable[[int, int, str], None]
+
+
+@cache
+def registry() -> Registry:
+    """Plugins as this process sees them; read once in the fork server, inherited by its children."""
+    return load_plugins()
+
+
+# -- compress ------------------------------------------------------------------------------------------------
+
+
+def calibration_tokens(trial: Trial, report: Report) -> tuple[Tensor | None, dict[str, Any] | None]:
+    """(samples, length) token ids and the facts that pin them. Raises TrialFailed when calibration and test
+    text overlap by more than the suite allows."""
+    calibration = trial.calibration
+    if calibration is None:
+        return None, None
+    report(0, 1, "calibration text")
+    text = read_corpus(registry(), calibration["corpus"])
+    _check_overlap(trial, text.documents)
+    tokenizer = load_tokenizer(trial.model.source.folder, trust_remote_code=trial.model.source.trust_remote_code)
+    windows = sample_windows(
+        text, tokenizer, calibration["samples"], calibration["length"], calibration["seed"], calibration["sampling"]
+    )
+    tokens = torch.tensor(windows, dtype=torch.long)
+    facts = {
+        "corpus": dict(text.identity),
+        "samples": tokens.shape[0],
+        "length": tokens.shape[1],
+        "tokens": tokens.numel(),
+        "sampling": calibration["sampling"] or text.sampling,
+        "seed": calibration["seed"],
+        "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
+    }
+    return tokens, facts
+
+
+def _check_overlap(trial: Trial, documents: Sequence[str]) -> None:
+    for stage in trial.evaluators:
+        evaluator = registry().find("evaluators", stage.name, "evaluator").value
+        for reference in evaluator.corpora(check_options(evaluator.options, stage.options, stage.name)):
+            share = overlap(documents, read_corpus(registry(), reference).joined())
+            if share > trial.allowed_overlap:
+                raise TrialFailed(
+                    f"calibration holds {share:.1%} of the 13-word sequences of the test text of {stage.name} "
+                    f"(allowed {trial.allowed_overlap:.1%}): use other text, or set calibration.allowed_overlap"
+                )
+
+
+def compress(job: Job, report: Report) -> StageResult:
+    """Make what is missing of the trial's chain of artifacts."""
+    begun = time.perf_counter()
+    trial = job.trial
+    tokens, facts = calibration_tokens(trial, report)
+    device = choose_device(trial.device)
+    folder = job.artifacts / trial.chain[0]
+    if not (folder / MANIFEST).is_file():
+        _compress_base(job, folder, tokens, facts, device, report)
+    for index, stage in enumerate(trial.recovery):
+        before, folder = folder, job.artifacts / trial.chain[index + 1]
+        if not (folder / MANIFEST).is_file():
+            _recover(job, before, folder, index, stage, tokens, facts, device)
+    return StageResult(seconds=time.perf_counter() - begun)
+
+
+def _compress_base(
+    job: Job,
+    folder: Path,
+    tokens: Tensor | None,
+    calibration: dict[str, Any] | None,
+    device: torch.device,
+    report: Report,
+) -> None:
+    trial, model = job.trial, job.trial.model
+    if trial.method == DENSE:
+        compressor: Any = LeaveDense(torch_dtype(model.dtype))
+        needs, paper = Needs(), 8.0 * model.facts.linear_bytes / model.facts.linear_weights
+    else:
+        descriptor = registry().find("compressors", trial.method, "method").value
+        options = check_options(descriptor.options, trial.options, f"method {trial.method}")
+        compressor = make_compressor(registry(), trial.method, trial.options)
+        needs, paper = descriptor.needs_of(options), descriptor.predict(options, model.shapes).paper_bits
+    done = 0
+
+    def advance(weights: int) -> None:
+        nonlocal done
+        done += weights
+        report(done, model.shapes.weights, "compress")
+
+    work = Work(
+        model_folder=model.source.folder,
+        dtype=model.dtype,
+        device=device,
+        compressor=compressor,
+        needs=needs,
+        budget=trial.budget,
+        seed=trial.seed,
+        tokens=tokens,
+        moments_folder=_moments_folder(job, calibration),
+        trust_remote_code=model.source.trust_remote_code,
+        advance=advance,
+    )
+    with ArtifactWriter(folder) as writer:
+        stored = Driver(work, writer).run()
+        writer.copy_base_files(model.source.folder)
+        writer.finish(
+            **_manifest_facts(trial, trial.chain[0], calibration, stages=0),
+            paper_bits=paper,
+            model_form=stored.form,
+            layers=tuple(stored.layers),
+            shared=stored.shared,
+            whole=stored.whole,
+            whole_weights=stored.whole_weights,
+        )
+
+
+def _moments_folder(job: Job, calibration: dict[str, Any] | None) -> Path | None:
+    if calibration is None:
+        return None
+    from evenbits.provenance import source_digest
+
+    model = job.trial.model
+    facts = {"model": model.facts.revision, "dtype": model.dtype, "tokens": calibration["sha256"]}
+    return job.cache / "moments" / content_hash({**facts, "digest": source_digest(*COMPRESS_MODULES)})
+
+
+def _manifest_facts(trial: Trial, key: str, calibration: dict[str, Any] | None, stages: int) -> dict[str, Any]:
+    from evenbits import __version__
+
+    budget = trial.budget
+    return {
+        "key": key,
+        "evenbits": __version__,
+        "model": {"name": trial.model.facts.name, "revision": trial.model.facts.revision},
+        "method": trial.method,
+        "distribution": trial.distribution,
+        "options": dict(trial.options),
+        "budget": None if budget is None else {"centre": budget.centre, "window": budget.window, "on": budget.on},
+        "seed": trial.seed,
+        "recovery": tuple({"name": s.name, "options": dict(s.options)} for s in trial.recovery[:stages]),
+        "calibration": calibration,
+        "dtype": trial.model.dtype,
+        "trust_remote_code": trial.model.source.trust_remote_code,
+    }
+
+
+def _recover(
+    job: Job,
+    before: Path,
+    folder: Path,
+    index: int,
+    stage: Stage,
+    tokens: Tensor | None,
+    calibration: dict[str, Any] | None,
+    device: torch.device,
+) -> None:
+    trial = job.trial
+    if tokens is None:
+        raise TrialFailed(f"recovery stage {stage.name!r} needs calibration data; give the suite a [calibration] table")
+    descriptor: Recovery = registry().find("recoveries", stage.name, "recovery stage").value
+    options = check_options(descriptor.options, stage.options, f"recovery stage {stage.name}")
+    dense = trial.method == DENSE
+    work = RecoveryWork(
+        before=Artifact(before),
+        compressor=LeaveDense(torch_dtype(trial.model.dtype)) if dense else make_compressor(registry(), trial.method, trial.options),
+        stage=descriptor.make(options),
+        name=stage.name,
+        base=trial.model.source.folder,
+        tokens=tokens,
+        seed=trial.seed,
+        device=device,
+    )
+    with ArtifactWriter(folder) as writer:
+        facts = _manifest_facts(trial, trial.chain[index + 1], calibration, stages=index + 1)
+        recover(work, writer, {name: facts[name] for name in ("key", "recovery", "calibration", "budget")})
+
+
+# -- measure -------------------------------------------------------------------------------------------------
+
+
+def account(job: Job) -> tuple[Ledger, tuple[LayerFacts, ...]]:
+    """The ledger of what is on disk, and the layers' own figures. Needs no model in memory."""
+    folder = job.artifact_folder
+    if folder is None:
+        return dense_ledger(job.trial.model.facts), ()
+    manifest = Artifact(folder).manifest
+    return measure_bits(folder, job.trial.model.facts), tuple(
+        LayerFacts(
+            name=layer.name,
+            bits=bits,
+            error=layer.error,
+            calibrated_error=layer.calibrated_error,
+        )
+        for layer, bits in _layer_bits(folder, manifest)
+    )
+
+
+def _layer_bits(folder: Path, manifest: Any) -> list[tuple[Any, float]]:
+    from evenbits.shapes import read_header
+
+    headers = {layer.file: {} for layer in manifest.layers}
+    for file in headers:
+        headers[file] = read_header(folder / file)
+    found = []
+    for layer in manifest.layers:
+        spans = [headers[layer.file][f"{layer.name}/{key}"]["data_offsets"] for key in layer.roles]
+        count = sum(end - start for start, end in spans)
+        found.append((layer, 8 * count / (layer.out_features * layer.in_features)))
+    return found
+
+
+def _subject(job: Job, report: Report) -> tuple[MeasuredModel, Ledger, tuple[LayerFacts, ...]]:
+    trial, model = job.trial, job.trial.model
+    folder = job.artifact_folder
+    ledger, layers = account(job)
+    device = choose_device(trial.device)
+    facts = {
+        "model": model.facts.name,
+        "revision": model.facts.revision,
+        "dtype": model.dtype,
+        "attention": "sdpa",
+        "kernel": "dense-restored",
+        "device": device.type,
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+    }
+    subject = MeasuredModel(
+        registry=registry(),
+        folder=folder or model.source.folder,
+        artifact=folder is not None,
+        dtype=model.dtype,
+        device=device,
+        seed=trial.seed,
+        facts=facts,
+        sizes={
+            "linear": ledger.linear_bytes,
+            "model": ledger.model_bytes,
+            "dense_linear": model.facts.linear_bytes,
+            "dense_model": model.facts.model_bytes,
+        },
+        compress_peak_bytes=job.compress_peak_bytes,
+        compress_seconds=job.compress_seconds,
+        trust_remote_code=model.source.trust_remote_code,
+        report=report,
+    )
+    return subject, ledger, layers
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def evaluate(job: Job, report: Report) -> StageResult:
+    """Run every evaluator on the stored model."""
+    return _measure(job, report, "evaluators", "evaluator", job.trial.evaluators, "evaluate")
+
+
+def profile(job: Job, report: Report) -> StageResult:
+    """Run every profiler; the executor sees to it that nothing else runs meanwhile."""
+    return _measure(job, report, "profilers", "profiler", job.trial.profilers, "profile")
+
+
+def _measure(
+    job: Job, report: Report, kind: str, what: str, stages: Sequence[Stage], method: str
+) -> StageResult:
+    begun = time.perf_counter()
+    subject, ledger, layers = _subject(job, report)
+    result = StageResult(ledger=ledger, layers=layers)
+    for stage in stages:
+        descriptor = registry().find(kind, stage.name, what).value
+        made = descriptor.make(check_options(descriptor.options, stage.options, f"{what} {stage.name}"))
+        for measurement in getattr(made, method)(subject):
+            _take(result, stage.name, measurement)
+    result.seconds = time.perf_counter() - begun
+    return result
+
+
+def _take(result: StageResult, source: str, measurement: Measurement) -> None:
+    if not np.isfinite(measurement.value):
+        raise TrialFailed(f"{source}: {measurement.name} is {measurement.value}")
+    if any(metric.name == measurement.name for metric in result.metrics):
+        raise TrialFailed(f"{source}: a second metric of the name {measurement.name!r}; give one a prefix")
+    fields: Mapping[str, Any] = {"evaluator": source, **measurement.fingerprint}
+    key = fingerprint_id(fields)
+    result.fingerprints[key] = dict(fields)
+    items = None
+    if measurement.items is not None:
+        items = f"items-{measurement.name}.npy"
+        buffer = io.BytesIO()
+        np.save(buffer, measurement.items, allow_pickle=False)
+        result.items[items] = buffer.getvalue()
+    result.metrics.append(
+        MetricFacts(
+            name=measurement.name,
+            value=float(measurement.value),
+            low=measurement.low,
+            high=measurement.high,
+            unit=measurement.unit,
+            better=measurement.better,
+            source=source,
+            fingerprint=key,
+            details=dict(measurement.details),
+            items=items,
+            volatile=measurement.volatile,
+        )
+    )
+
+
+STAGES: Mapping[str, Callable[[Job, Report], StageResult]] = {
+    "compress": compress,
+    "evaluate": evaluate,
+    "profile": profile,
+}
+
+
+def run_stage(job: Job, report: Report) -> StageResult:
+    """Carry out one stage. Known errors pass as they are; a full disk is said in words."""
+    if job.trial.limits.threads is not None:
+        torch.set_num_threads(job.trial.limits.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return STAGES[job.stage](job, report)
+    except EvenbitsError:
+        raise
+    except OSError as error:
+        if error.errno == 28:
+            raise TrialFailed(f"{job.stage}: the disk is full ({error}); free some space and run again") from error
+        raise

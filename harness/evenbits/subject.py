@@ -1,0 +1,154 @@
+"""What evaluators and profilers get: the model restored from what is stored, and how to open a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evenbits.artifact import Artifact
+from evenbits.compressor import LayerCompressor, ModelCompressor, Options
+from evenbits.driver import restore_layer
+from evenbits.errors import ArtifactError, SuiteError
+from evenbits.measure import Text
+from evenbits.models import build_model, load_tokenizer, open_model, torch_dtype
+from evenbits.plugins import Registry
+from evenbits.shapes import ARCHITECTURES, read_config
+from evenbits.suite import check_options
+
+
+def read_corpus(registry: Registry, reference: Mapping[str, Any]) -> Text:
+    """Open the corpus that `reference` names; its other keys are the corpus's options."""
+    options = dict(reference)
+    provided = registry.find("corpora", str(options.pop("name", "")), "corpus")
+    checked: Options = check_options(provided.value.options, options, f"corpus {provided.value.name}")
+    text = provided.value.read(checked)
+    assert isinstance(text, Text)
+    return text
+
+
+def make_compressor(registry: Registry, method: str, options: Mapping[str, Any]) -> Any:
+    """The compressor object of a method; SuiteError when its plugin is not installed."""
+    descriptor = registry.find("compressors", method, "method").value
+    return descriptor.make(check_options(descriptor.options, options, f"method {method}"))
+
+
+def restore_state(artifact: Artifact, compressor: LayerCompressor) -> dict[str, Tensor]:
+    """The complete state of the model at the artifact's dtype: packed layers decoded, adapters merged, the rest."""
+    dtype = torch_dtype(artifact.manifest.dtype)
+    transposed = ARCHITECTURES[read_config(artifact.folder)["model_type"]].transposed
+    state = artifact.rest()
+    adapters = artifact.adapters()
+    with torch.no_grad():
+        for stored, packed in artifact.packed():
+            weight = restore_layer(compressor, packed, stored.shape, artifact.shared)
+            if stored.name in adapters:
+                a, b = adapters[stored.name]
+                weight = weight + b.float() @ a.float()
+            state[f"{stored.name}.weight"] = (weight.T if transposed else weight).to(dtype).contiguous()
+    return state
+
+
+@dataclass
+class _Reader:
+    """What a model compressor restores from."""
+
+    artifact: Artifact
+
+    @property
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.artifact.folder)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.artifact.whole()
+
+    def meta(self) -> Mapping[str, Any]:
+        return self.artifact.whole_meta()
+
+
+def load_artifact(folder: Path, registry: Registry, device: str | torch.device = "cpu") -> Any:
+    """A transformers model from an artifact folder alone, verified against its hashes, in eval mode.
+
+    Raises ArtifactError for a damaged or too new artifact, SuiteError when the method's plugin is missing.
+    """
+    artifact = Artifact(folder)
+    manifest = artifact.manifest
+    if manifest.method == "dense":
+        compressor: Any = LayerCompressor()
+    else:
+        compressor = make_compressor(registry, manifest.method, manifest.options)
+    if manifest.model_form == "whole":
+        if isinstance(compressor, LayerCompressor):
+            raise ArtifactError(f"{folder}: stores a whole model, but method {manifest.method!r} restores layers")
+        restorer: ModelCompressor = compressor
+        return restorer.restore(_Reader(artifact)).to(device).eval()
+    state = restore_state(artifact, compressor)
+    model = build_model(folder, state, manifest.dtype, trust_remote_code=manifest.trust_remote_code)
+    return model.to(device)
+
+
+@dataclass
+class MeasuredModel:
+    """Both `evenbits.measure.Subject` and `ProfileSubject`: the stored model, opened when asked for."""
+
+    registry: Registry
+    folder: Path
+    artifact: bool  # whether `folder` is an artifact, or the dense model's own
+    dtype: str
+    device: torch.device
+    seed: int
+    facts: Mapping[str, Any]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    compress_peak_bytes: int | None = None
+    compress_seconds: float | None = None
+    trust_remote_code: bool = False
+    report: Callable[[int, int, str], None] = lambda done, total, what: None
+    _opened: tuple[nn.Module, Any] | None = None
+
+    def load(self) -> tuple[nn.Module, Any]:
+        if self.artifact:
+            model = load_artifact(self.folder, self.registry, self.device)
+        else:
+            model = open_model(self.folder, self.dtype, self.device, trust_remote_code=self.trust_remote_code)
+        return model, load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def _once(self) -> tuple[nn.Module, Any]:
+        if self._opened is None:
+            self._opened = self.load()
+        return self._opened
+
+    @property
+    def model(self) -> nn.Module:
+        return self._once()[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._once()[1]
+
+    def corpus(self, reference: Mapping[str, Any]) -> Text:
+        return read_corpus(self.registry, reference)
+
+    def progress(self, total: int, what: str) -> Callable[[int], None]:
+        done = 0
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done += steps
+            self.report(done, total, what)
+
+        return advance
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" takes CUDA where there is one. Raises SuiteError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SuiteError(f'device {name!r}: no CUDA device here; give device = "cpu" or "auto"')
+    return torch.device(name)

@@ -1,0 +1,34 @@
+"""What every test relies on: no network, one thread, the measurement data where it is."""
+
+from __future__ import annotations
+
+import os
+
+# before anything imports huggingface_hub, mlflow or OpenMP: each reads its variable once, at import
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["DO_NOT_TRACK"] = "1"
+# sums in a fixed order whatever the machine, and no spinning threads on tensors this small
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real small models, text and tasks; it is not part of the repository."""
+    folder = Path(os.environ.get("EVENBITS_DATA") or ROOT.parent / "shared" / "data").resolve()
+    if not (folder / "models").is_dir():
+        pytest.skip(f"no measurement data at {folder}: set EVENBITS_DATA to the folder that holds models/ and text/")
+    return folder

@@ -1,0 +1,100 @@
+"""The documents say what the code does: hooks, suites, and the help that the README shows."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evenbits import hookspecs
+from evenbits.plugins import Registry, load_plugins
+from evenbits.suite import read_suite
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+SUITES = sorted((ROOT / "suites").rglob("*.toml"))
+
+
+def section(document: str, marker: str) -> str:
+    """What stands between <!-- marker --> and <!-- /marker -->."""
+    found = re.search(rf"^<!-- {marker} -->\n(.*?)^<!-- /{marker} -->", (ROOT / document).read_text(), re.M | re.S)
+    assert found, f"{document} lost its <!-- {marker} --> section"
+    return found[1]
+
+
+def fences(language: str) -> list[tuple[str, str]]:
+    """(document, content) of every fenced block in that language."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.M | re.S)
+    return [(name, block) for name in DOCUMENTS for block in pattern.findall((ROOT / name).read_text())]
+
+
+def hook_lines() -> str:
+    lines = []
+    for name in hookspecs.HOOKS:
+        signature = str(inspect.signature(getattr(hookspecs, name))).replace("'", "")
+        lines.append(f"- `{name}{signature}`: {' '.join(str(getattr(hookspecs, name).__doc__).split())}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return load_plugins()
+
+
+def test_every_hook_stands_in_the_docs_with_its_arguments() -> None:
+    expected = hook_lines()
+    assert section("CONTRIBUTING.md", "hooks") == expected, f"the section should read:\n{expected}"
+
+
+def test_every_hook_says_what_for() -> None:
+    for name in hookspecs.HOOKS:
+        assert hookspecs.describe(name)[0].isupper(), name
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_shipped_suites_read(path: Path, registry: Registry) -> None:
+    read_suite(path, registry, environment={"EVENBITS_DATA": "data", **os.environ})
+
+
+def test_suites_are_shipped() -> None:
+    assert SUITES
+
+
+def test_suites_in_the_docs_read(registry: Registry, tmp_path: Path) -> None:
+    for document, block in fences("toml"):
+        if "methods" in block:
+            path = tmp_path / document
+            path.write_text(block)
+            read_suite(path, registry, environment={"EVENBITS_DATA": "data", **os.environ})
+
+
+def test_python_in_the_docs_is_python() -> None:
+    for document, block in fences("python"):
+        ast.parse(block, document)
+
+
+def test_the_readme_shows_the_help_as_it_is() -> None:
+    """The fenced block under <!-- ci:help --> is the output of `evenbits --help` in 80 columns without colour."""
+    found = re.search(r"^<!-- ci:help -->\n+```\w*\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert found, "README.md has no fenced block under <!-- ci:help -->"
+    environment = {**os.environ, "COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
+    environment.pop("FORCE_COLOR", None)
+    command = Path(sys.executable).with_name("evenbits")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    shown, actual = ([line.rstrip() for line in text.strip().splitlines()] for text in (found[1], done.stdout))
+    # a block may open with the command that printed it
+    shown = shown[1:] if shown and shown[0].startswith("$ ") else shown
+    assert shown == actual, done.stdout
+
+
+def test_links_to_files_exist() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", (ROOT / document).read_text()):
+            assert (ROOT / target).exists(), f"{document} links to {target}"

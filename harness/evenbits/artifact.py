@@ -99,7 +99,7 @@ class ArtifactWriter:
         manifest = Manifest(files=self._files, **facts)
         write_atomically(self._work / MANIFEST, manifest.model_dump_json(indent=1).encode())
         try:
-            os.replace(self._work, self.folder)
+            self._work.replace(self.folder)
         except OSError:
             if not (self.folder / MANIFEST).is_file():
                 raise

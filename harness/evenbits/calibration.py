@@ -5,6 +5,7 @@ Second moments of the dense model are cached on disk and shared by the methods t
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ class _Enough(Exception):
 def batches_of(tokens: Tensor) -> list[Tensor]:
     """Split (samples, length) token ids into batches of at most TOKENS_AT_A_TIME tokens."""
     rows = max(1, TOKENS_AT_A_TIME // tokens.shape[1])
-    return list(tokens.split(rows))
+    return [tokens[start : start + rows] for start in range(0, tokens.shape[0], rows)]
 
 
 class BlockRunner:
@@ -132,6 +133,7 @@ def block_moments(
     moments: dict[str, SecondMoment] = {name: SecondMoment() for name in modules}
     seen: list[tuple[Tensor, str]] = []  # of the batch at hand; holding the tensors keeps them distinct
     same_as: dict[str, str] = {}
+    waiting: set[str] = set()
 
     def see(name: str, inputs: Tensor) -> None:
         # q, k and v read one and the same tensor: count it once and share the result
@@ -141,11 +143,16 @@ def block_moments(
             moments[name].add(inputs)
         else:
             same_as[name] = first
+        waiting.discard(name)
+        if not waiting:
+            raise _Enough  # the rest of the block would be computed for nothing
 
     with watch_inputs(modules, see):
         for batch, states in enumerate(hidden):
             seen.clear()
-            runner.run(index, states, batch)
+            waiting.update(modules)
+            with contextlib.suppress(_Enough):
+                runner.run(index, states, batch)
     found = {name: moment.mean() for name, moment in moments.items() if name not in same_as}
     result = {name: found[same_as.get(name, name)] for name in modules}
     for name, moment in found.items():
@@ -208,4 +215,4 @@ def _save_shared(path: Path, tensors: Mapping[str, Tensor]) -> None:
             aliases[name] = owner
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({n: t.cpu().contiguous() for n, t in tensors.items() if n not in aliases}, temporary, metadata=aliases)
-    os.replace(temporary, path)
+    temporary.replace(path)

@@ -24,7 +24,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+WIDTH = 140  # where the output is no terminal: a table cut at 80 columns is of no use in a file
+
 out = Console(highlight=False)
+if not out.is_terminal:
+    out.width = WIDTH
 err = Console(stderr=True, highlight=False)
 
 SuitePath = Annotated[Path, typer.Argument(metavar="SUITE", help="path of a suite (*.toml)")]
@@ -43,8 +47,7 @@ class Format(StrEnum):
 
 
 def _registry() -> Registry:
-    registry = load_plugins()
-    return registry
+    return load_plugins()
 
 
 def _warn(registry: Registry) -> None:
@@ -140,7 +143,9 @@ def plan(suite: SuitePath, model: ModelOption = None, results: ResultsOption = D
             "+".join([trial.label, *(stage.name for stage in trial.recovery)]),
             f"{trial.budget.centre:g}" if trial.budget else "",
             str(trial.seed),
-            f"{bits.linear:.4f}" if bits else f"{8 * trial.model.facts.linear_bytes / trial.model.facts.linear_weights:g}",
+            f"{bits.linear:.4f}"
+            if bits
+            else f"{8 * trial.model.facts.linear_bytes / trial.model.facts.linear_weights:g}",
             f"{bits.model:.4f}" if bits else f"{8 * trial.model.facts.model_bytes / trial.model.facts.parameters:.4g}",
             f"{trial.predicted_bytes or trial.model.facts.model_bytes:,}",
             ", ".join(f"{k}={v}" for k, v in trial.options.items() if v is not None),
@@ -156,9 +161,7 @@ def plan(suite: SuitePath, model: ModelOption = None, results: ResultsOption = D
 
 
 def _write_report(store: Any, name: str, form: Format) -> None:
-    from evenbits.report import as_json, write_report
-    from evenbits.report_text import as_csv, as_markdown, as_terminal
-    from evenbits.tables import gather
+    from evenbits.report import as_csv, as_json, as_markdown, as_terminal, gather, write_report
 
     records, folders = store.records(name)
     if form is Format.JSON:
@@ -179,7 +182,9 @@ def _write_report(store: Any, name: str, form: Format) -> None:
 def report(
     suite: SuitePath,
     results: ResultsOption = DEFAULT_RESULTS,
-    form: Annotated[Format, typer.Option("--format", help="what to print; `table` also writes the files")] = Format.TABLE,
+    form: Annotated[
+        Format, typer.Option("--format", help="what to print; `table` also writes the files")
+    ] = Format.TABLE,
 ) -> None:
     """Show tables (terminal, Markdown, CSV, JSON) and write these and the Pareto plots beside the records."""
     from evenbits.store import Results
@@ -213,7 +218,9 @@ def plugins() -> None:
 @app.command()
 def clean(
     results: ResultsOption = DEFAULT_RESULTS,
-    everything: Annotated[bool, typer.Option("--artifacts", help="remove all artifacts and caches; records stay")] = False,
+    everything: Annotated[
+        bool, typer.Option("--artifacts", help="remove all artifacts and caches; records stay")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would go")] = False,
 ) -> None:
     """Remove what killed runs left, records outside each suite's latest plan, and artifacts no record refers to."""

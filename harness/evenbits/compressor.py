@@ -118,7 +118,7 @@ class Needs:
     """What the harness must supply.
 
     statistics    none | second_moment: (in, in) mean of x x^T of each layer's input | inputs: the rows x themselves
-    sequential    statistics come through the blocks already compressed; else those of the dense model, cached and shared
+    sequential    statistics come through the blocks already compressed; else those of the dense model, cached
     within_block  with `sequential`: refresh statistics inside a block too, group by group (qkv, o, gate/up, down)
     gradients     the driver must keep autograd on
     device        any | cuda
@@ -190,9 +190,7 @@ class LayerCompressor:
         """What many layers share, stored and billed once."""
         return None
 
-    def compress(
-        self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator
-    ) -> PackedLayer:
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
         """weight: (out, in) float32. The result's tensors are what is written to disk, as they are."""
         raise NotImplementedError
 
@@ -255,7 +253,10 @@ class TensorWriter(Protocol):
 
 
 class TensorReader(Protocol):
-    config: Any
+    @property
+    def config(self) -> Any:
+        """The transformers config of the model."""
+        ...
 
     def tensors(self) -> Mapping[str, Tensor]: ...
 

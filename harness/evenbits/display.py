@@ -65,7 +65,8 @@ def line_of(record: Record) -> str:
     budget = f" @ {record.budget.centre:g}" if record.budget else ""
     who = escape(f"{record.model.name} {record.label or record.method}{stages}{budget} seed {record.seed}")
     if record.status == "skipped":
-        return f"[dim]skip[/] {escape(f'{record.model.name} {record.label}{stages}{budget}')}: {escape(record.reason or '')}"
+        what = escape(f"{record.model.name} {record.label}{stages}{budget}: {record.reason or ''}")
+        return f"[dim]skip[/] {what}"
     if record.failure is not None:
         return f"[red]fail[/] {who}: {record.failure.stage}: {escape(record.failure.message)}"
     figures = [f"{record.ledger.bits.linear:.3f} bits"] if record.ledger else []

@@ -34,8 +34,15 @@ from evenbits.compressor import (
 )
 from evenbits.errors import TrialFailed
 from evenbits.manifest import StoredLayer
-from evenbits.models import check_coverage, get_weight, guarded_randomness, open_model, read_tensor, read_weight
-from evenbits.models import set_weight, torch_dtype  # fmt: skip
+from evenbits.models import (  # fmt: skip
+    check_coverage,
+    guarded_randomness,
+    open_model,
+    read_tensor,
+    read_weight,
+    set_weight,
+    torch_dtype,
+)
 from evenbits.shapes import Inventory, StoredTensor, read_inventory
 
 Advance = Callable[[int], None]
@@ -78,7 +85,9 @@ class Stored:
 class Survey:
     """All weights, one at a time, from the checkpoint files."""
 
-    def __init__(self, inventory: Inventory, shapes: ModelShapes, device: torch.device, moments: DenseMoments | None) -> None:
+    def __init__(
+        self, inventory: Inventory, shapes: ModelShapes, device: torch.device, moments: DenseMoments | None
+    ) -> None:
         self.shapes = shapes
         self._inventory = inventory
         self._device = device
@@ -162,7 +171,11 @@ class Driver:
             if self.shared is not None:
                 self.writer.write_shared(self.shared)
                 self.stored.shared = dict(self.shared.roles)
-            if isinstance(compressor, BlockCompressor) or self.work.needs.sequential or self.work.needs.statistics == "inputs":
+            if (
+                isinstance(compressor, BlockCompressor)
+                or self.work.needs.sequential
+                or self.work.needs.statistics == "inputs"
+            ):
                 self._sequential(compressor)
             else:
                 self._stream(compressor)
@@ -216,9 +229,7 @@ class Driver:
             moments = block_moments(runner, index, hidden, modules)
         if self.work.needs.statistics == "inputs":
             inputs = layer_inputs(runner, index, hidden, modules)
-        return [
-            Layer(shape, moments.get(shape.name), inputs.get(shape.name), self.work.budget) for shape in shapes
-        ]
+        return [Layer(shape, moments.get(shape.name), inputs.get(shape.name), self.work.budget) for shape in shapes]
 
     def _group(
         self,
@@ -344,9 +355,7 @@ class _WholeWriter:
         self.facts.update(facts)
 
 
-def restore_layer(
-    compressor: LayerCompressor, packed: PackedLayer, layer: LayerShape, shared: Shared | None
-) -> Tensor:
+def restore_layer(compressor: LayerCompressor, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
     """(out, in) float32 from packed tensors alone. Raises TrialFailed for a wrong shape or non-finite weights."""
     if set(packed.roles.values()) == {Role.DENSE} and set(packed.tensors) == {"weight"}:
         restored = packed.tensors["weight"].to(torch.float32)

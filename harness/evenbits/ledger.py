@@ -22,7 +22,9 @@ def _payloads(folder: Path, manifest: Manifest) -> dict[str, dict[str, int]]:
         if name.endswith(".safetensors"):
             header = read_header(folder / name)
             header.pop("__metadata__", None)
-            sizes[name] = {key: end - start for key, (start, end) in ((k, v["data_offsets"]) for k, v in header.items())}
+            sizes[name] = {
+                key: end - start for key, (start, end) in ((k, v["data_offsets"]) for k, v in header.items())
+            }
     return sizes
 
 
@@ -61,7 +63,9 @@ def measure_bits(folder: Path, model: ModelFacts) -> Ledger:
     total_payload = sum(sum(file.values()) for file in sizes.values())
     model_bytes = sum(stored.bytes for name, stored in manifest.files.items() if name.endswith(".safetensors"))
     dense = tuple(layer.name for layer in manifest.layers if layer.left_dense)
-    dense_weights = sum(math.prod((layer.out_features, layer.in_features)) for layer in manifest.layers if layer.left_dense)
+    dense_weights = sum(
+        math.prod((layer.out_features, layer.in_features)) for layer in manifest.layers if layer.left_dense
+    )
     compressed = model.linear_weights - dense_weights
     return Ledger(
         bits=Bits(

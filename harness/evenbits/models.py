@@ -90,7 +90,9 @@ def build_model(folder: Path, state: Mapping[str, Tensor], dtype: str, *, trust_
     lacking = sorted(set(missing) - tied)
     if lacking or unexpected:
         names = [*(f"missing {name}" for name in lacking), *(f"left over {name}" for name in unexpected)]
-        raise TrialFailed(f"{folder}: stored tensors do not make the model: {', '.join(names[:3])} ({len(names)} in all)")
+        raise TrialFailed(
+            f"{folder}: stored tensors do not make the model: {', '.join(names[:3])} ({len(names)} in all)"
+        )
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

@@ -79,7 +79,7 @@ class Trial:
     evaluators: tuple[Stage, ...]
     profilers: tuple[Stage, ...]
     device: str
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     allowed_overlap: float = 0.01
 
     @property
@@ -315,8 +315,15 @@ class Planner:
             limits=self.suite.limits,
             allowed_overlap=self.suite.calibration.allowed_overlap if self.suite.calibration else 1.0,
         )
-        identity = {"artifact": trial.artifact, "model": model.facts.revision, "dtype": model.dtype, "label": label}
-        identity |= {"seed": seed, "device": self.suite.device.split(":")[0], **self._dumped}
+        identity: dict[str, Any] = {
+            "artifact": trial.artifact,
+            "model": model.facts.revision,
+            "dtype": model.dtype,
+            "label": label,
+            "seed": seed,
+            "device": self.suite.device.split(":")[0],
+            **self._dumped,
+        }
         trial = replace(trial, id=content_hash(identity))
         if trial.id in self.order:
             return  # the same entry twice in a suite is one trial
@@ -355,9 +362,7 @@ def _bits(estimate: Estimate, shapes: ModelShapes) -> Bits:
 def make_plan(suite: Suite, registry: Registry, *, cache: Path | None = None, download: bool = False) -> Plan:
     """Raises SuiteError for models that are missing, not understood, or without linear layers."""
     digests = DigestCache(cache / "digests.json" if cache else None)
-    models = [
-        plan_model(find_model(spec, registry, digests, download=download), suite.dtype) for spec in suite.model
-    ]
+    models = [plan_model(find_model(spec, registry, digests, download=download), suite.dtype) for spec in suite.model]
     if cache is not None:
         digests.save()
     return Planner(suite, registry).plan(models)

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evenbits.errors import MissingExtra
-from evenbits.tables import Column, ModelTable, Row, Table
+from evenbits.rows import Column, Row
+from evenbits.tables import ModelTable, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +85,7 @@ def _draw(axes: Axes, model: ModelTable, column: Column, rows: Sequence[Row]) ->
     front = [points[i] for i in pareto_front(points, column.better)]
     axes.plot(
         *zip(*front, strict=True), color="#BDBDBD", linewidth=5, alpha=0.7, zorder=1, drawstyle="steps-post",
-        solid_joinstyle="round", label="Pareto front",
+        solid_joinstyle="round", label="Pareto front" + (", any recovery" if any(row.recovery for row in rows) else ""),
     )  # fmt: skip
     values = [value for _, value in points]
     if dense is not None:

@@ -119,7 +119,7 @@ class Registry:
                 self.problems.append(f"plugin {info.origin}: {_one_line(error)}; its {what}s are not available")
                 continue
             for value in values:
-                name: str = value.name  # type: ignore[attr-defined]
+                name: str = value.name
                 if name in found:
                     other = found[name].plugin
                     self.problems.append(
@@ -193,7 +193,9 @@ class Registry:
         """Call an event hook, implementation by implementation: one that fails is a notice, the others go on."""
         for info, function in self._each(hook):
             impl_arguments = {
-                k: v for k, v in arguments.items() if k in function.__code__.co_varnames[: function.__code__.co_argcount]
+                k: v
+                for k, v in arguments.items()
+                if k in function.__code__.co_varnames[: function.__code__.co_argcount]
             }
             try:
                 function(**impl_arguments)
@@ -215,7 +217,8 @@ def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
     names = [entry.name for entry in found]
     for entry in found:
         distribution, version = _origin_of(entry)
-        info = {"name": entry.name, "module": entry.module, "distribution": distribution, "version": version}
+        info: dict[str, Any] = {"name": entry.name, "module": entry.module}
+        info |= {"distribution": distribution, "version": version}
         if entry.name in disabled:
             registry.plugins.append(PluginInfo(**info, status="disabled", problem=f"by {DISABLE}"))
             continue

@@ -11,23 +11,37 @@ from pathlib import Path
 
 
 @cache
-def _sources(package: str) -> tuple[tuple[str, Path], ...]:
-    """(module name, file) of a module, or of a package with all that is inside it."""
-    try:
-        spec = find_spec(package)
-    except (ImportError, ValueError):
-        return ()
+def _root(package: str) -> Path | None:
+    """Folder of a top-level package or file of a top-level module, without importing it."""
+    spec = find_spec(package)
     if spec is None or spec.origin is None:
-        return ()
+        return None
     origin = Path(spec.origin)
-    if origin.name != "__init__.py":
-        return ((package, origin),)
-    root = origin.parent
+    return origin.parent if origin.name == "__init__.py" else origin
+
+
+@cache
+def _sources(name: str) -> tuple[tuple[str, Path], ...]:
+    """(module name, file) of a module, or of a package with all that is inside it; () for what is no module.
+
+    Works on paths: `find_spec` of a dotted name would import its parents, and with them torch.
+    """
+    top, *inside = name.split(".")
+    root = _root(top)
+    if root is None:
+        return ()
+    if root.is_file():
+        return () if inside else ((name, root),)
+    folder = root.joinpath(*inside)
+    file = folder.with_suffix(".py")
+    if inside and file.is_file():
+        return ((name, file),)
+    if not (folder / "__init__.py").is_file():
+        return ()
     found = []
-    for file in sorted(root.rglob("*.py")):
-        inside = file.relative_to(root).with_suffix("").parts
-        name = ".".join((package, *(part for part in inside if part != "__init__")))
-        found.append((name, file))
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        found.append((".".join((name, *(part for part in parts if part != "__init__"))), path))
     return tuple(found)
 
 

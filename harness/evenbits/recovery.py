@@ -42,7 +42,9 @@ class OpenedArtifact:
         self, artifact: Artifact, compressor: LayerCompressor, base: Path, tokens: Tensor, device: torch.device
     ) -> None:
         if artifact.manifest.model_form != "layers":
-            raise TrialFailed(f"method {artifact.manifest.method!r} stores a whole model: no recovery stage can open it")
+            raise TrialFailed(
+                f"method {artifact.manifest.method!r} stores a whole model: no recovery stage can open it"
+            )
         self.calibration = tokens
         self.tokenizer = load_tokenizer(artifact.folder)
         self.parameters: dict[str, nn.Parameter] = {}
@@ -57,7 +59,7 @@ class OpenedArtifact:
         for stored, packed in artifact.packed():
             self.layers[stored.name] = (stored, packed)
             state[f"{stored.name}.weight"] = torch.zeros(stored.out_features, stored.in_features)
-        self._rest_names = [name for name in artifact.rest()]
+        self._rest_names = list(artifact.rest())
         self.model = self._open(artifact, state)
 
     def _open(self, artifact: Artifact, state: dict[str, Tensor]) -> nn.Module:

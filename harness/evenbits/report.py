@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from evenbits.record import Record, write_atomically
-from evenbits.report_text import as_csv, as_markdown, as_terminal, why
-from evenbits.tables import Table, Verdict, dense_bits, gather, verdict
+from evenbits.report_csv import as_csv
+from evenbits.report_text import as_markdown, as_terminal
+from evenbits.rows import dense_bits, why
+from evenbits.tables import Table, gather
+from evenbits.verdict import Verdict, verdict
 
 __all__ = ["Table", "Verdict", "as_csv", "as_json", "as_markdown", "as_terminal", "gather", "verdict", "write_report"]
 

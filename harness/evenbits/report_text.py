@@ -1,9 +1,7 @@
-"""A gathered table as text: sheets of strings for a terminal or Markdown, and all numbers, unrounded, as CSV."""
+"""A gathered table as text: sheets of strings, for a terminal or as Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from evenbits.record import BudgetFacts, Record
-from evenbits.tables import Cell, Column, ModelTable, Row, Section, Table
+from evenbits.record import BudgetFacts
+from evenbits.report_csv import as_csv
+from evenbits.rows import Cell, Column, Row, why
+from evenbits.tables import ModelTable, Section, Table
+
+__all__ = ["as_csv", "as_markdown", "as_terminal", "format_budget", "format_bytes", "format_number"]
 
 SETTINGS_WIDTH = 26  # of a terminal's 120 columns
 
@@ -41,7 +43,9 @@ class Sheet:
 
 
 def as_terminal(table: Table, console: Console) -> None:
-    """Print readable tables; 120 columns are enough."""
+    """Print readable tables; 120 columns are enough, and are taken where the output is not a terminal."""
+    if not console.is_terminal and console.width < 120:
+        console.width = 120
     for model in table.models:
         for sheet in _sheets(model, shorten=True):
             shown = RichTable(title=escape(sheet.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
@@ -83,47 +87,6 @@ def as_markdown(table: Table) -> str:
     return "\n\n".join([*parts, *notes]) + "\n"
 
 
-def as_csv(table: Table) -> str:
-    """One line per row (seeds joined) and per skipped or failed trial; columns per metric and protocol."""
-    columns = list({c.key: c for model in table.models for c in model.columns}.values())
-    facts = ["model", "revision", "dtype", "method", "label", "options", "budget", "window", "on", "recovery", "seeds"]
-    sizes = ["index_bits", "paper_bits", "linear_bits", "model_bits", "linear_bytes", "model_bytes"]
-    ratios = ["linear_ratio_fp32", "linear_ratio_stored", "model_ratio_fp32", "model_ratio_stored"]
-    of_metric = ["", " low", " high", " vs dense", " mark", " protocol"]
-    target = io.StringIO()
-    writer = csv.writer(target, lineterminator="\n")
-    writer.writerow(
-        [*facts, "status", *sizes, *ratios, *(c.title + part for c in columns for part in of_metric), "reason"]
-    )
-    for model in table.models:
-        for row, status, section, index in _csv_rows(model):
-            line: list[object] = [*_facts(row.records[0], row.settings), " ".join(str(r.seed) for r in row.records)]
-            line += [status, row.bits.index, row.bits.paper, row.bits.linear, row.bits.model]
-            line += [row.linear_bytes, row.model_bytes, *row.ratios.values()]
-            for column in columns:
-                cell = row.cells.get(column.key)
-                if cell is None:
-                    line += [""] * len(of_metric)
-                    continue
-                mark = section.marks.get((index, column.key), "") if section is not None else ""
-                line += [cell.value, _blank(cell.low), _blank(cell.high), _blank(model.against_dense(row, column))]
-                line += [mark, column.protocol]
-            writer.writerow([*line, ""])
-        for record in (*model.skipped, *model.failed):
-            blank = [""] * (len(sizes) + len(ratios) + len(of_metric) * len(columns))
-            writer.writerow([*_facts(record, ""), record.seed, record.status, *blank, why(record)])
-    return target.getvalue()
-
-
-def why(record: Record) -> str:
-    """Why a trial was skipped or failed; "" for one that is done."""
-    if record.failure is not None:
-        failure = record.failure
-        kind = failure.signal or failure.kind
-        return f"{failure.stage}: {kind}: {failure.message}"
-    return record.reason or ""
-
-
 def format_number(value: float) -> str:
     """Four significant digits, in full up to a million."""
     if not math.isfinite(value) or value == 0:
@@ -159,8 +122,8 @@ def _sheets(model: ModelTable, *, shorten: bool) -> Iterator[Sheet]:
         for start in range(first, len(quality), more):
             yield _sheet(model, f"{name}: more quality", quality[start : start + more], shorten)
         yield _bytes_sheet(model, f"{name}: bits and bytes", shorten)
-        for start in range(0, len(costs), 4):
-            yield _sheet(model, f"{name}: cost of running", costs[start : start + 4], shorten)
+        for start in range(0, len(costs), 5):
+            yield _sheet(model, f"{name}: cost of running", costs[start : start + 5], shorten)
     outside = tuple(
         tuple(
             (
@@ -235,7 +198,7 @@ def _bytes_sheet(model: ModelTable, title: str, shorten: bool) -> Sheet:
         if shorten:
             times = [" / ".join(times[:2]), " / ".join(times[2:])]
         return (
-            *_who(row, budget, shorten, 20)[:3],
+            *_who(row, budget, shorten, 16)[:3],
             *(f"{b:.3f}" for b in (bits.index, bits.paper, bits.linear, bits.model)),
             *(format_bytes(row.linear_bytes), format_bytes(row.model_bytes)),
             *times,
@@ -247,7 +210,9 @@ def _bytes_sheet(model: ModelTable, title: str, shorten: bool) -> Sheet:
 
 
 def _heading(column: Column) -> str:
-    known = column.unit in ("", "1", "bytes", "B", column.name) or column.name.endswith(f"_{column.unit}")
+    known = column.unit in ("", "1", "bytes", "B", column.name) or column.name.endswith(
+        "_" + column.unit.replace("/", "_per_")
+    )
     return f"{column.title}{'' if known else f' ({column.unit})'} {'↓' if column.better == 'lower' else '↑'}"
 
 
@@ -283,28 +248,3 @@ def _all_rows(model: ModelTable) -> Iterator[Row]:
     yield from model.dense
     for section in model.sections:
         yield from section.rows
-
-
-def _csv_rows(model: ModelTable) -> Iterator[tuple[Row, str, Section | None, int]]:
-    for row in model.dense:
-        yield row, "done", None, 0
-    for section in model.sections:
-        for index, row in enumerate(section.rows):
-            yield row, "done", section, index
-        for row in section.outside:
-            yield row, "outside the window", None, 0
-
-
-def _facts(record: Record, settings: str) -> list[object]:
-    model, budget = record.model, record.budget
-    shown = settings or " ".join(f"{k}={v}" for k, v in record.options.items())
-    where: list[object] = ["", "", ""] if budget is None else [budget.centre, budget.window, budget.on]
-    return [
-        *(model.name, model.revision, model.dtype, record.method, record.label, shown),
-        *where,
-        "+".join(record.recovery) or "none",
-    ]
-
-
-def _blank(value: float | None) -> float | str:
-    return "" if value is None else value

@@ -85,7 +85,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 def architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     """Raises SuiteError, naming what is known, for an architecture outside the table."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise SuiteError(f"{where}: architecture {kind!r} is not understood, so no layer is touched; known: {known}")

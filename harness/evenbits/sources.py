@@ -68,9 +68,7 @@ def _from_hub(spec: ModelSpec, download: bool) -> Path:
     assert spec.id is not None
     try:
         return Path(
-            snapshot_download(
-                spec.id, revision=spec.revision, allow_patterns=HUB_FILES, local_files_only=not download
-            )
+            snapshot_download(spec.id, revision=spec.revision, allow_patterns=HUB_FILES, local_files_only=not download)
         )
     except LocalEntryNotFoundError:
         advice = "the hub cannot be reached" if download else "`evenbits run` downloads it"
@@ -84,10 +82,8 @@ def find_model(spec: ModelSpec, registry: Registry, digests: DigestCache, *, dow
     if spec.id is not None:
         folder = _from_hub(spec, download)
         return ModelSource(spec.name or spec.id, folder, str(spec.revision), spec.trust_remote_code)
-    if spec.path is not None:
-        folder = Path(spec.path)
-    else:
-        folder = Path(registry.find("models", str(spec.name), "model").value)
+    named = None if spec.path is not None else registry.find("models", str(spec.name), "model")
+    folder = Path(str(spec.path) if named is None else named.value)
     if not folder.is_dir():
         raise SuiteError(
             f"model folder {folder} does not exist (looked from {Path.cwd()}); "

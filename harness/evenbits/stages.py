@@ -5,11 +5,11 @@ The evaluating child sees only the artifact folder, or the dense model's own.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evenbits import __version__
 from evenbits.artifact import Artifact, ArtifactWriter
 from evenbits.compressor import Needs, Recovery
 from evenbits.driver import Driver, Work
@@ -25,14 +26,16 @@ from evenbits.job import Job, StageResult
 from evenbits.ledger import dense_ledger, measure_bits
 from evenbits.manifest import MANIFEST
 from evenbits.measure import Measurement, fingerprint_id
-from evenbits.models import load_tokenizer, torch_dtype
-from evenbits.plan import DENSE, COMPRESS_MODULES, Stage, Trial, content_hash
+from evenbits.models import torch_dtype
+from evenbits.plan import COMPRESS_MODULES, DENSE, Stage, Trial, content_hash
 from evenbits.plugins import Registry, load_plugins
+from evenbits.provenance import source_digest
 from evenbits.record import LayerFacts, Ledger, MetricFacts
 from evenbits.recovery import LeaveDense, RecoveryWork, recover
-from evenbits.sampling import overlap, sample_windows
-from evenbits.subject import MeasuredModel, choose_device, make_compressor, read_corpus
+from evenbits.shapes import read_header
+from evenbits.subject import MeasuredModel, choose_device, make_compressor
 from evenbits.suite import check_options
+from evenbits.tokens import calibration_tokens
 
 Report = Callable[[int, int, str], None]
 
@@ -46,49 +49,12 @@ def registry() -> Registry:
 # -- compress ------------------------------------------------------------------------------------------------
 
 
-def calibration_tokens(trial: Trial, report: Report) -> tuple[Tensor | None, dict[str, Any] | None]:
-    """(samples, length) token ids and the facts that pin them. Raises TrialFailed when calibration and test
-    text overlap by more than the suite allows."""
-    calibration = trial.calibration
-    if calibration is None:
-        return None, None
-    report(0, 1, "calibration text")
-    text = read_corpus(registry(), calibration["corpus"])
-    _check_overlap(trial, text.documents)
-    tokenizer = load_tokenizer(trial.model.source.folder, trust_remote_code=trial.model.source.trust_remote_code)
-    windows = sample_windows(
-        text, tokenizer, calibration["samples"], calibration["length"], calibration["seed"], calibration["sampling"]
-    )
-    tokens = torch.tensor(windows, dtype=torch.long)
-    facts = {
-        "corpus": dict(text.identity),
-        "samples": tokens.shape[0],
-        "length": tokens.shape[1],
-        "tokens": tokens.numel(),
-        "sampling": calibration["sampling"] or text.sampling,
-        "seed": calibration["seed"],
-        "sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16],
-    }
-    return tokens, facts
-
-
-def _check_overlap(trial: Trial, documents: Sequence[str]) -> None:
-    for stage in trial.evaluators:
-        evaluator = registry().find("evaluators", stage.name, "evaluator").value
-        for reference in evaluator.corpora(check_options(evaluator.options, stage.options, stage.name)):
-            share = overlap(documents, read_corpus(registry(), reference).joined())
-            if share > trial.allowed_overlap:
-                raise TrialFailed(
-                    f"calibration holds {share:.1%} of the 13-word sequences of the test text of {stage.name} "
-                    f"(allowed {trial.allowed_overlap:.1%}): use other text, or set calibration.allowed_overlap"
-                )
-
-
 def compress(job: Job, report: Report) -> StageResult:
     """Make what is missing of the trial's chain of artifacts."""
     begun = time.perf_counter()
     trial = job.trial
-    tokens, facts = calibration_tokens(trial, report)
+    report(0, 1, "calibration text")
+    tokens, facts = calibration_tokens(trial, registry(), job.cache)
     device = choose_device(trial.device)
     folder = job.artifacts / trial.chain[0]
     if not (folder / MANIFEST).is_file():
@@ -154,16 +120,12 @@ def _compress_base(
 def _moments_folder(job: Job, calibration: dict[str, Any] | None) -> Path | None:
     if calibration is None:
         return None
-    from evenbits.provenance import source_digest
-
     model = job.trial.model
     facts = {"model": model.facts.revision, "dtype": model.dtype, "tokens": calibration["sha256"]}
     return job.cache / "moments" / content_hash({**facts, "digest": source_digest(*COMPRESS_MODULES)})
 
 
 def _manifest_facts(trial: Trial, key: str, calibration: dict[str, Any] | None, stages: int) -> dict[str, Any]:
-    from evenbits import __version__
-
     budget = trial.budget
     return {
         "key": key,
@@ -199,7 +161,9 @@ def _recover(
     dense = trial.method == DENSE
     work = RecoveryWork(
         before=Artifact(before),
-        compressor=LeaveDense(torch_dtype(trial.model.dtype)) if dense else make_compressor(registry(), trial.method, trial.options),
+        compressor=LeaveDense(torch_dtype(trial.model.dtype))
+        if dense
+        else make_compressor(registry(), trial.method, trial.options),
         stage=descriptor.make(options),
         name=stage.name,
         base=trial.model.source.folder,
@@ -233,9 +197,7 @@ def account(job: Job) -> tuple[Ledger, tuple[LayerFacts, ...]]:
 
 
 def _layer_bits(folder: Path, manifest: Any) -> list[tuple[Any, float]]:
-    from evenbits.shapes import read_header
-
-    headers = {layer.file: {} for layer in manifest.layers}
+    headers: dict[str, dict[str, Any]] = {layer.file: {} for layer in manifest.layers}
     for file in headers:
         headers[file] = read_header(folder / file)
     found = []
@@ -259,7 +221,7 @@ def _subject(job: Job, report: Report) -> tuple[MeasuredModel, Ledger, tuple[Lay
         "kernel": "dense-restored",
         "device": device.type,
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": version("transformers"),
     }
     subject = MeasuredModel(
         registry=registry(),
@@ -283,12 +245,6 @@ def _subject(job: Job, report: Report) -> tuple[MeasuredModel, Ledger, tuple[Lay
     return subject, ledger, layers
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
-
-
 def evaluate(job: Job, report: Report) -> StageResult:
     """Run every evaluator on the stored model."""
     return _measure(job, report, "evaluators", "evaluator", job.trial.evaluators, "evaluate")
@@ -299,9 +255,7 @@ def profile(job: Job, report: Report) -> StageResult:
     return _measure(job, report, "profilers", "profiler", job.trial.profilers, "profile")
 
 
-def _measure(
-    job: Job, report: Report, kind: str, what: str, stages: Sequence[Stage], method: str
-) -> StageResult:
+def _measure(job: Job, report: Report, kind: str, what: str, stages: Sequence[Stage], method: str) -> StageResult:
     begun = time.perf_counter()
     subject, ledger, layers = _subject(job, report)
     result = StageResult(ledger=ledger, layers=layers)

@@ -1,10 +1,10 @@
 """A results folder: where records, artifacts and caches lie, its schema, and its lock.
 
-    evenbits.json        schema of the folder
-    artifacts/KEY/       shared by all suites that use the folder
-    cache/               digests of files, second moments
-    runs/SUITE/plan.json the trials of the latest run, in order
-    runs/SUITE/TRIAL/    record.json, items-*.npy, log.txt
+evenbits.json        schema of the folder
+artifacts/KEY/       shared by all suites that use the folder
+cache/               digests of files, second moments
+runs/SUITE/plan.json the trials of the latest run, in order
+runs/SUITE/TRIAL/    record.json, items-*.npy, log.txt
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Results:
             try:
                 found = json.loads(path.read_text())["schema"]
             except (ValueError, KeyError, TypeError):
-                raise ArtifactError(f"{path}: damaged; it should hold {{\"schema\": {SCHEMA}}}") from None
+                raise ArtifactError(f'{path}: damaged; it should hold {{"schema": {SCHEMA}}}') from None
             if found > SCHEMA:
                 raise ArtifactError(
                     f"{self.root}: results of schema {found}, newer than this evenbits knows ({SCHEMA}); "

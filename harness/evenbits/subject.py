@@ -146,7 +146,7 @@ class MeasuredModel:
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" takes CUDA where there is one. Raises SuiteError for a device that is not there."""
+    """ "auto" takes CUDA where there is one. Raises SuiteError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():

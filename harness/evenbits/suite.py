@@ -289,7 +289,11 @@ def check_suite(suite: Suite, registry: Registry, source: str = "suite", text: s
 
 
 def read_suite(
-    path: Path, registry: Registry, *, overrides: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
+    path: Path,
+    registry: Registry,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Suite:
     """Read, expand, validate. `overrides` replace top-level keys (the command line's --model).
 

@@ -1,7 +1,4 @@
-"""Records gathered into comparable rows: seeds joined, protocols kept apart, budgets ranked. No text, no files written.
-
-What may be called better than what is decided here, once, by `verdict`; tables, plots and pages only show it.
-"""
+"""Records gathered into comparable rows: seeds joined, protocols kept apart, budgets ranked. No text, no files."""
 
 from __future__ import annotations
 
@@ -9,116 +6,18 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from evenbits.measure import fingerprint_id
 from evenbits.record import Bits, BudgetFacts, MetricFacts, ModelFacts, Record, read_items
-from evenbits.statistics import Floats, Statistic, paired_difference, statistic_of
+from evenbits.rows import Cell, Column, Row, dense_bits
+from evenbits.statistics import Floats, Statistic, statistic_of
+from evenbits.verdict import Mark, mark_rows, place
 
 PER_TRIAL = frozenset({"trial", "artifact", "method", "label", "seed"})
 """Fingerprint fields that say which trial was measured, not how: they do not split a column."""
-COST_UNITS = frozenset({"B", "byte", "bytes", "bit", "bits", "s", "ms", "seconds", "J", "W", "Wh", "tokens/s", "x"})
-
-Outcome = Literal["better", "worse", "not distinguishable", "not comparable"]
-Mark = Literal["", "*", "~", "-"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One metric under one protocol. `letter` tells apart several protocols of one metric, "" where there is one."""
-
-    name: str
-    protocol: str
-    unit: str
-    better: Literal["lower", "higher"]
-    volatile: bool
-    letter: str = ""
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.name, self.protocol
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} [{self.letter}]" if self.letter else self.name
-
-    @property
-    def quality(self) -> bool:
-        """Whether it says how good the model is; else what it costs."""
-        return not self.volatile and self.unit not in COST_UNITS
-
-    def ahead(self, a: float, b: float) -> bool:
-        """Whether a is the better number."""
-        return a < b if self.better == "lower" else a > b
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of a row: the mean over seeds; the range over seeds where they differ, else the record's own interval.
-
-    items: (seeds, items) or None where a seed keeps none; transform: how items make the value.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    by_seed: tuple[float, ...]
-    items: Floats | None = None
-    transform: Statistic | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method with one setting under one budget and recovery stage, all its seeds together."""
-
-    model: ModelFacts
-    name: str
-    options: Mapping[str, Any]
-    budget: BudgetFacts | None
-    recovery: tuple[str, ...]
-    records: tuple[Record, ...]
-    bits: Bits
-    linear_bytes: float
-    model_bytes: float
-    cells: Mapping[tuple[str, str], Cell]
-    within: bool
-    settings: str = ""
-
-    @property
-    def method(self) -> str:
-        return self.records[0].method
-
-    @property
-    def stage(self) -> str:
-        return " + ".join(self.recovery) or "none"
-
-    @property
-    def budget_bits(self) -> float:
-        """The number its budget is matched on."""
-        return self.bits.model if self.budget is not None and self.budget.on == "model" else self.bits.linear
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """How many times smaller: linear layers and whole model, against fp32 and against the stored dtype."""
-        linear_fp32 = 4 * self.model.linear_weights / self.linear_bytes
-        model_fp32 = 4 * self.model.parameters / self.model_bytes
-        stored = self.model.stored_bits / 32
-        return {
-            "linear_fp32": linear_fp32,
-            "linear_stored": linear_fp32 * stored,
-            "model_fp32": model_fp32,
-            "model_stored": model_fp32 * stored,
-        }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What may be said of a against b in one metric, and why."""
-
-    outcome: Outcome
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -181,39 +80,6 @@ def gather(records: Sequence[Record], folders: Mapping[str, Path] | None = None)
         by_model.setdefault((record.model.name, record.model.revision, record.model.dtype), []).append(record)
     models = tuple(_model_table(group, folders, letters) for group in by_model.values())
     return Table(models, tuple(_notes(protocols)))
-
-
-def verdict(a: Row, b: Row, column: Column) -> Verdict:
-    """Whether a may be called better than b: at no more bits, same recovery stage, same calibration tokens, tested.
-
-    A method that reads no calibration text was offered the same tokens and is comparable with one that does.
-    """
-    if (a.model.name, a.model.revision) != (b.model.name, b.model.revision):
-        return Verdict("not comparable", "different models")
-    cells = a.cells.get(column.key), b.cells.get(column.key)
-    if cells[0] is None or cells[1] is None:
-        return Verdict("not comparable", f"no {column.title} for {a.name if cells[0] is None else b.name}")
-    if _stages(a) != _stages(b):
-        return Verdict("not comparable", f"different recovery stages: {a.stage} and {b.stage}")
-    if not _same_calibration(a.records, b.records):
-        return Verdict("not comparable", "different calibration tokens")
-    differs, how = _differ(cells[0], cells[1])
-    if differs is None:
-        return Verdict("not comparable", how)
-    if not differs:
-        return Verdict("not distinguishable", how)
-    first = not np.isfinite(cells[1].value) or column.ahead(cells[0].value, cells[1].value)
-    winner, loser = (a, b) if first else (b, a)
-    if winner.budget_bits > loser.budget_bits + 1e-9:
-        bits = f"{winner.budget_bits:.4f} against {loser.budget_bits:.4f}"
-        return Verdict("not comparable", f"{winner.name} is ahead with more bits ({bits})")
-    return Verdict("better" if first else "worse", how)
-
-
-def dense_bits(model: ModelFacts) -> Bits:
-    """The bits of the uncompressed model at the dtype it is evaluated in."""
-    linear = 8 * model.linear_bytes / model.linear_weights
-    return Bits(index=linear, paper=linear, linear=linear, model=8 * model.model_bytes / model.parameters)
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -341,81 +207,16 @@ def _section(rows: Sequence[Row], columns: Sequence[Column]) -> Section:
     quality = [c for c in columns if c.quality]
     inside = [r for r in rows if r.within]
     for column in reversed(quality):  # stable sorts: the first column decides, later ones break ties
-        inside.sort(key=lambda row, c=column: _place(row, c))  # type: ignore[misc]
-    inside.sort(key=lambda row: (len(row.recovery), _stages(row)))
+        inside.sort(key=lambda row, c=column: place(row, c))  # type: ignore[misc]
+    inside.sort(key=lambda row: (len(row.recovery), row.stage_key))
     budget = rows[0].budget
     marks: dict[tuple[int, tuple[str, str]], Mark] = {}
     if budget is not None:
         for column in quality:
-            for stages in dict.fromkeys(map(_stages, inside)):
-                marks |= _marks(inside, [i for i, row in enumerate(inside) if _stages(row) == stages], column)
+            for stages in dict.fromkeys(row.stage_key for row in inside):
+                marks |= mark_rows(inside, [i for i, row in enumerate(inside) if row.stage_key == stages], column)
     outside = sorted((r for r in rows if not r.within), key=lambda row: row.budget_bits)
     return Section(budget, tuple(inside), tuple(outside), marks)
-
-
-def _place(row: Row, column: Column) -> tuple[bool, float]:
-    cell = row.cells.get(column.key)
-    if cell is None or not np.isfinite(cell.value):
-        return True, 0.0
-    return False, cell.value if column.better == "lower" else -cell.value
-
-
-def _marks(rows: Sequence[Row], peers: Sequence[int], column: Column) -> dict[tuple[int, tuple[str, str]], Mark]:
-    """Among `peers`, rows of one budget and recovery stage; none where fewer than two have a number.
-
-    "*" the best number, "~" not told apart from it by the paired test, "-" some row is better by `verdict`.
-    """
-    entered = [i for i in peers if not _place(rows[i], column)[0]]
-    if len(entered) < 2:
-        return {}
-    best = min(entered, key=lambda i: _place(rows[i], column))
-    marks: dict[tuple[int, tuple[str, str]], Mark] = {(best, column.key): "*"}
-    for i in entered:
-        if i == best:
-            continue
-        differs, _ = _differ(rows[best].cells[column.key], rows[i].cells[column.key])
-        if differs is False:
-            marks[i, column.key] = "~"
-        elif any(verdict(rows[j], rows[i], column).outcome == "better" for j in entered if j != i):
-            marks[i, column.key] = "-"
-    return marks
-
-
-def _differ(a: Cell, b: Cell) -> tuple[bool | None, str]:
-    """Whether two numbers differ beyond chance (None: cannot be told), and how that was found.
-
-    With several seeds both must hold: the paired test on items averaged over seeds, and no overlap between seeds.
-    """
-    finite = np.isfinite(a.value), np.isfinite(b.value)
-    if not all(finite):
-        return (True, "one of them diverged") if any(finite) else (None, "both diverged")
-    apart = max(a.by_seed) < min(b.by_seed) or max(b.by_seed) < min(a.by_seed)
-    if a.items is not None and b.items is not None and a.transform is not None and a.transform == b.transform:
-        if a.items.shape[1] == b.items.shape[1]:
-            found = paired_difference(a.items.mean(axis=0), b.items.mean(axis=0), a.transform)
-            how = f"paired test on {found.items} items: p = {found.p_value:.3g}"
-            if found.p_value <= 0.05 and not apart:
-                return False, f"{how}, but the seeds overlap"
-            return bool(found.p_value <= 0.05), how
-        return None, f"not the same items ({a.items.shape[1]} and {b.items.shape[1]})"
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return None, "no per-item values or intervals to test with"
-    return a.high < b.low or b.high < a.low, "by intervals, no common per-item values"
-
-
-def _stages(row: Row) -> str:
-    return json.dumps([row.recovery, row.records[0].recovery_options], sort_keys=True)
-
-
-def _same_calibration(a: Sequence[Record], b: Sequence[Record]) -> bool:
-    drawn = [
-        {r.seed: json.dumps(r.calibration, sort_keys=True) for r in side if r.calibration is not None}
-        for side in (a, b)
-    ]
-    if not all(drawn):
-        return True
-    common = drawn[0].keys() & drawn[1].keys()
-    return bool(common) and all(drawn[0][seed] == drawn[1][seed] for seed in common)
 
 
 def _with_settings(rows: Sequence[Row]) -> list[Row]:

@@ -11,13 +11,12 @@ from evenbits.hookspecs import hookimpl
 if TYPE_CHECKING:
     import typer
 
-    from evenbits.plan import Plan
     from evenbits.record import Record
     from evenbits.run import RunContext
 
 
 @hookimpl
-def on_plan(plan: Plan, context: RunContext) -> None:  # noqa: ARG001  pluggy matches arguments by name
+def on_plan(context: RunContext) -> None:
     from evenbits_mlflow.deliver import begin
 
     begin(context)

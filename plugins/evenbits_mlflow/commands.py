@@ -21,10 +21,8 @@ def add_commands(app: typer.Typer) -> None:
 
 def push(
     target: Annotated[Path, typer.Argument(help="A suite (*.toml), or the folder of one of its runs.")],
-    tracking_uri: Annotated[
-        str | None, typer.Option(help="An MLflow server or database; default: the suite's.")
-    ] = None,
-    results: Annotated[Path, typer.Option(help="The results folder.")] = Path("results"),
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server or database; default: the suite's.")] = None,
+    results: Annotated[Path | None, typer.Option(help="The results folder of a suite; default: results.")] = None,
 ) -> None:
     """Deliver records to MLflow that it does not have yet."""
     from evenbits_mlflow.push import push_run

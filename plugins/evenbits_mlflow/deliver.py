@@ -129,7 +129,8 @@ class Mirror:
     def close(self, records: Sequence[Record]) -> None:
         """Put the report of all records on the parent run and end it, failed if any trial did."""
         with _settings(self.timeout_seconds), tempfile.TemporaryDirectory() as name:
-            write_report(Path(name), records, _folders(self.folder), plots=find_spec("matplotlib") is not None)
+            folders = {record.trial: self.folder / record.trial for record in records}
+            write_report(Path(name), records, folders, plots=find_spec("matplotlib") is not None)
             self._client.log_artifacts(self._parent, name, "report")
             failed = any(record.status == "failed" for record in records)
             self._client.set_terminated(self._parent, "FAILED" if failed else "FINISHED")
@@ -205,7 +206,7 @@ _PARENT = "mlflow.parentRunId"
 
 def delivery_errors() -> tuple[type[Exception], ...]:
     """What a missing, unreachable or refusing MLflow raises; a mistake in this module is not among these."""
-    errors: list[type[Exception]] = [MissingExtra, ArtifactError, OSError]  # requests' errors are OSErrors
+    errors: list[type[Exception]] = [MissingExtra, ArtifactError, ImportError, OSError]  # requests' are OSErrors
     if find_spec("mlflow") is not None:
         with _settings(5):
             from mlflow.exceptions import MlflowException
@@ -227,9 +228,8 @@ def _noticed(context: RunContext, consequence: str) -> Iterator[None]:
         yield
     except delivery_errors() as error:
         _running.pop(context.folder, None)
-        context.notice(
-            f"mlflow: {consequence}: {first_line(error)} (records are kept; deliver them by: evenbits push {context.folder})"
-        )
+        later = f"records are kept; deliver them by: evenbits push {context.folder}"
+        context.notice(f"mlflow: {consequence}: {first_line(error)} ({later})")
 
 
 @contextlib.contextmanager
@@ -238,6 +238,7 @@ def _settings(timeout_seconds: int) -> Iterator[None]:
     wanted = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_seconds),
+        "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": str(10 * timeout_seconds),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
         "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -254,12 +255,3 @@ def _settings(timeout_seconds: int) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _folders(folder: Path) -> dict[str, Path]:
-    """Trial id -> folder, for the records under a run's folder."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("record.json")):
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged one keeps its items to itself
-            found[json.loads(path.read_text())["trial"]] = path.parent
-    return found

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from evenbits.environment import describe_environment
-from evenbits.record import Record, read_record, write_atomically
+from evenbits.files import write_atomically
+from evenbits.store import Results
 
 EVENBITS = str(Path(sys.executable).with_name("evenbits"))
 COMMANDS: dict[str, list[str]] = {
@@ -49,10 +52,10 @@ print(json.dumps({
 """
 
 
-def run(command: Sequence[str]) -> tuple[float, str]:
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[float, str]:
     """Wall seconds and output of a command. Raises SystemExit with its last words where it fails."""
     begun = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - begun
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -73,7 +76,9 @@ def time_commands(runs: int) -> dict[str, list[float]]:
 def write_model(folder: Path) -> None:
     """A random Llama of two blocks, as a checkpoint."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64,
@@ -111,7 +116,7 @@ def write_small_suite(path: Path, model: Path, trials: int) -> None:
         f"options = {{ bits = {2 + index % 7}, group_size = {8 * (1 + index // 7)} }}\n"
         for index in range(trials)
     )
-    path.write_text(f'name = "small{trials}"\nmodel = {{ path = "{model}" }}\ndtype = "float16"\n{entries}')
+    path.write_text(f'name = "small"\nmodel = {{ path = "{model}" }}\ndtype = "float16"\n{entries}')
 
 
 def summarise(seconds: Sequence[float]) -> dict[str, Any]:
@@ -133,25 +138,31 @@ def time_planning(folder: Path, model: Path, runs: int) -> dict[str, Any]:
     }
 
 
-def read_records(folder: Path) -> list[Record]:
-    return [read_record(path) for path in sorted(folder.rglob("record.json"))]
+def time_trials(folder: Path, model: Path, count: int, disable: str) -> dict[str, Any]:
+    """Seconds from one record's writing to the next within a run, and what of these the trial's children took.
 
-
-def time_trials(folder: Path, model: Path, few: int, many: int) -> dict[str, Any]:
-    """Seconds a further trial adds to a run, less what its stages took: the slope cancels what a run costs once."""
-    wall, work = {}, {}
-    for count in (few, many):
-        suite, results = folder / f"small{count}.toml", folder / f"results{count}"
-        write_small_suite(suite, model, count)
-        wall[count], _ = run([EVENBITS, "run", str(suite), "--results", str(results)])
-        records = read_records(results)
-        done = [record for record in records if record.status == "done"]
-        if len(done) != count + 1:  # and the dense model
-            raise SystemExit(f"{len(done)} of {count + 1} trials are done in {results}")
-        work[count] = sum(sum(record.seconds.values()) for record in done)
-    added = many - few
-    each, own = (wall[many] - wall[few]) / added, (work[many] - work[few]) / added
-    return {"few": few, "many": many, "wall": wall, "work": work, "trial": each, "stages": own, "overhead": each - own}
+    disable: plugins to leave out, separated by commas.
+    """
+    suite, results = folder / f"small{disable}.toml", Results(folder / f"results{disable}")
+    write_small_suite(suite, model, count)
+    command = [EVENBITS, "run", str(suite), "--results", str(results.root), "--no-report"]
+    wall, _ = run(command, {**os.environ, "EVENBITS_DISABLE": disable})
+    records, folders = results.records("small")
+    done = [record for record in records if record.status == "done"]
+    if len(done) != count + 1:  # and the dense model, which comes first
+        raise SystemExit(f"{len(done)} of {count + 1} trials are done in {results.root}")
+    written = [(folders[record.trial] / "record.json").stat().st_mtime for record in done]
+    trials = [later - earlier for earlier, later in pairwise(written)]
+    children = [sum(record.seconds.values()) for record in done[1:]]
+    around = [trial - inside for trial, inside in zip(trials, children, strict=True)]
+    return {
+        "disable": disable,
+        "count": count,
+        "run": wall,
+        "trial": summarise(trials),
+        "children": summarise(children),
+        "around": summarise(around),
+    }
 
 
 def render(result: dict[str, Any]) -> str:
@@ -179,14 +190,17 @@ def render(result: dict[str, Any]) -> str:
         f"plugins and suite {plan['read']['median']:.2f} s; "
         f"torch was {'loaded' if plan['torch_loaded'] else 'not loaded'}.",
     ]
-    if trials := result.get("trials"):
-        lines += [
-            "",
-            f"One more trial (round to nearest, a model of two tiny blocks, nothing measured): "
-            f"{trials['trial']:.3f} s, "
-            f"of which its stages {trials['stages']:.3f} s and evenbits around them {trials['overhead']:.3f} s "
-            f"(from runs of {trials['few']} and {trials['many']} trials).",
-        ]
+    lines += [
+        "",
+        "A trial beyond its own work: round to nearest on a model of two tiny blocks, nothing measured. Medians over "
+        f"the {result['trials'][0]['count']} trials of a run, from one record's writing to the next:",
+        "",
+        "| plugins left out | whole run s | a trial ms | in its two child processes | around them |",
+        "|---|---|---|---|---|",
+    ]
+    for trials in result["trials"]:
+        times = " | ".join(f"{1000 * trials[key]['median']:.0f}" for key in ("trial", "children", "around"))
+        lines.append(f"| {trials['disable'] or 'none'} | {trials['run']:.1f} | {times} |")
     return "\n".join(lines) + "\n"
 
 
@@ -207,7 +221,7 @@ def main() -> None:
         write_model(model)
         write_tokenizer(model)
         result["planning"] = time_planning(folder, model, min(3, arguments.runs))
-        result["trials"] = time_trials(folder, model, 2, 12)
+        result["trials"] = [time_trials(folder, model, 12, disable) for disable in ("mlflow", "")]
     write_atomically(arguments.out / "startup.json", (json.dumps(result, indent=1) + "\n").encode())
     text = render(result)
     write_atomically(arguments.out / "startup.md", text.encode())

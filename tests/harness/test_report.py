@@ -29,7 +29,8 @@ from evenbits.record import (
 )
 from evenbits.report import as_csv, as_json, as_markdown, as_terminal, gather, verdict, write_report
 from evenbits.report_text import format_bytes, format_number
-from evenbits.tables import ModelTable, Row, Table
+from evenbits.rows import Row
+from evenbits.tables import ModelTable, Table
 
 MODEL = ModelFacts(
     name="small", revision="sha256:1", dtype="float16", parameters=1_200_000, linear_weights=1_000_000,
@@ -287,7 +288,7 @@ def test_markdown_holds_every_trial_and_is_well_formed(store: Store) -> None:
 
 def test_terminal_fits_120_columns(store: Store) -> None:
     target = io.StringIO()
-    as_terminal(full(store), Console(file=target, width=120, force_terminal=False))
+    as_terminal(full(store), Console(file=target, width=80, force_terminal=False))  # a file or pipe
     text = target.getvalue()
     assert max(map(len, text.splitlines())) <= 120
     line = next(line for line in text.splitlines() if "gptq" in line)

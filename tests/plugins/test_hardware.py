@@ -224,7 +224,7 @@ def test_code_that_a_load_imports_is_not_its_memory(tmp_path: Path, monkeypatch:
     (tmp_path / "heavy_architecture.py").write_text(f"import torch\nheld = torch.ones({ballast}, dtype=torch.uint8)\n")
     monkeypatch.syspath_prepend(tmp_path)
 
-    def build() -> nn.Module:
+    def build() -> LlamaForCausalLM:
         importlib.import_module("heavy_architecture")
         return tiny_llama()
 

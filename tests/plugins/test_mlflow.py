@@ -1,0 +1,398 @@
+"""Records into MLflow: what is mirrored, each once, and what happens when the server is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from evenbits.errors import ArtifactError, MissingExtra, SuiteError
+from evenbits.record import (
+    Bits,
+    BudgetFacts,
+    Failure,
+    Ledger,
+    MetricFacts,
+    ModelFacts,
+    Record,
+    write_record,
+)
+from evenbits.store import Results
+from evenbits_mlflow import extend_cli, on_finish, on_plan, on_record
+from evenbits_mlflow.commands import server_command
+from evenbits_mlflow.deliver import LEDGER, Mirror, default_uri
+from evenbits_mlflow.mirror import mirror
+from evenbits_mlflow.push import push_run
+
+pytest.importorskip("mlflow", reason='needs pip install "evenbits[mlflow]"')
+
+pytestmark = [
+    # MLflow's own table definitions use what SQLAlchemy 2.1 deprecates
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"),
+]
+
+DEAD = "http://127.0.0.1:9"
+MODEL = ModelFacts(
+    name="small", revision="sha256:1", dtype="float16", parameters=1_200_000, linear_weights=1_000_000,
+    stored_bits=16, linear_bytes=2_000_000, model_bytes=2_400_000,
+)  # fmt: skip
+LEDGER_FACTS = Ledger(
+    bits=Bits(index=2, paper=2.1, linear=2.125, model=4.4), roles={"code": 250_000, "scale": 15_625},
+    linear_bytes=265_625, rest_bytes=400_000, model_bytes=665_800, ratios={}, compressed_weights=1_000_000,
+)  # fmt: skip
+
+
+@dataclass
+class Context:
+    """What a run tells its plugins."""
+
+    results: Path
+    suite_name: str = "night"
+    options: Mapping[str, object] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    environment: Mapping[str, Any] = field(
+        default_factory=lambda: {"versions": {"torch": "2.13.0"}, "git": {"commit": "abc", "dirty": False}}
+    )
+
+    @property
+    def folder(self) -> Path:
+        return self.results / "runs" / self.suite_name
+
+    def plugin_options(self, name: str) -> Mapping[str, object]:
+        assert name == "mlflow"
+        return self.options
+
+    def artifact_folder(self, record: Record) -> Path | None:
+        return None if record.artifact is None else self.results / "artifacts" / record.artifact
+
+    def notice(self, message: str) -> None:
+        self.notices.append(message)
+
+
+def record(trial: str, **facts: Any) -> Record:
+    return Record(
+        **{
+            "trial": trial,
+            "artifact": f"a-{trial}",
+            "suite": "night",
+            "model": MODEL,
+            "method": "gptq",
+            "distribution": "evenbits 0.1.0",
+            "options": {"bits": 2, "group": 128, "grid": {"symmetric": True}},
+            "budget": BudgetFacts(centre=2.1, window=0.05),
+            "within_budget": True,
+            "seed": 3,
+            "recovery": ("lora",),
+            "recovery_options": ({"rank": 8},),
+            "status": "done",
+            "ledger": LEDGER_FACTS,
+            "metrics": (
+                MetricFacts(
+                    name="perplexity", value=7.5, low=7.25, high=7.75, unit="perplexity", better="lower",
+                    source="perplexity", fingerprint="f1",
+                ),
+            ),
+            "fingerprints": {"f1": {"context": 2048}},
+            "seconds": {"compress": 1.5},
+            "environment": {"versions": {"torch": "2.13.0"}, "git": {"commit": "abc", "dirty": True}},
+            "started": "2026-01-02T03:04:05+00:00",
+            "finished": "2026-01-02T03:05:05+00:00",
+            **facts,
+        }
+    )  # fmt: skip
+
+
+FAILED = record(
+    "t2", status="failed", metrics=(), ledger=None, failure=Failure(kind="memory", stage="compress", message="full")
+)
+SKIPPED = record("t3", status="skipped", metrics=(), ledger=None, artifact=None, reason="nothing fits")
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Making the tables takes seconds, so it is done once; also the test that `begin` does it."""
+    context = Context(tmp_path_factory.mktemp("tables"), suite_name="other")
+    context.folder.mkdir(parents=True)
+    on_plan(context=context)  # type: ignore[arg-type]
+    on_finish(records=[], context=context)  # type: ignore[arg-type]
+    assert context.notices == []
+    return context.results / "mlflow.db"
+
+
+@pytest.fixture
+def context(tmp_path: Path, empty_database: Path) -> Context:
+    found = Context(tmp_path / "results")
+    found.folder.mkdir(parents=True)
+    shutil.copy(empty_database, found.results / "mlflow.db")
+    return found
+
+
+def store(context: Context, made: Record) -> Path:
+    folder = context.folder / made.trial
+    write_record(folder, made)
+    if made.artifact is not None:
+        manifest = context.results / "artifacts" / made.artifact / "manifest.json"
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text('{"schema": 1}')
+    return folder
+
+
+def run(context: Context, *records: Record) -> None:
+    """What the harness does around a run."""
+    Results(context.results).write_plan(context.suite_name, [made.trial for made in records])
+    on_plan(context=context)  # type: ignore[arg-type]
+    for made in records:
+        on_record(record=made, folder=store(context, made), context=context)  # type: ignore[arg-type]
+    on_finish(records=records, context=context)  # type: ignore[arg-type]
+
+
+def client(context: Context, uri: str | None = None) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri or default_uri(context.results))
+
+
+def runs(context: Context, uri: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The only parent run, and its children by trial; fails when a trial has two."""
+    found_client = client(context, uri)
+    experiment = found_client.get_experiment_by_name(context.suite_name)
+    found = found_client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in found if "evenbits.run" in r.data.tags]
+    children = [r for r in found if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == len(found) - 1
+    by_trial = {r.data.tags["evenbits.trial"]: r for r in children}
+    assert len(by_trial) == len(children)
+    return parent, by_trial
+
+
+def artifacts(context: Context, run_id: str, folder: str | None = None) -> set[str]:
+    return {found.path for found in client(context).list_artifacts(run_id, folder)}
+
+
+def test_a_run_is_mirrored_whole(context: Context) -> None:
+    before = dict(os.environ)
+    run(context, record("t1"), FAILED, SKIPPED)
+    assert context.notices == []
+    assert dict(os.environ) == before
+    parent, children = runs(context)
+    assert parent.info.run_name == "night"
+    assert parent.info.status == "FAILED"
+    assert parent.data.tags["mlflow.source.git.commit"] == "abc"
+    assert artifacts(context, parent.info.run_id, "report") >= {
+        "report/report.json", "report/report.md", "report/report.csv",
+    }  # fmt: skip
+    assert children.keys() == {"t1", "t2", "t3"}
+
+    done = children["t1"]
+    assert done.info.run_name == "gptq+lora @ 2.1 seed 3"
+    assert done.info.status == "FINISHED"
+    assert done.info.end_time - done.info.start_time == 60_000
+    assert done.data.params.items() >= {
+        "method": "gptq", "model": "small", "budget": "2.1", "seed": "3", "recovery": "lora", "options.bits": "2",
+        "options.grid.symmetric": "true", "recovery.lora.rank": "8",
+    }.items()  # fmt: skip
+    assert done.data.metrics == {
+        "perplexity": 7.5, "perplexity.low": 7.25, "perplexity.high": 7.75,
+        "bits.index": 2.0, "bits.paper": 2.1, "bits.linear": 2.125, "bits.model": 4.4,
+        "bytes.code": 250_000, "bytes.scale": 15_625, "bytes.linear": 265_625, "bytes.model": 665_800,
+        "seconds.compress": 1.5,
+    }  # fmt: skip
+    assert done.data.tags.items() >= {
+        "evenbits.status": "done", "evenbits.artifact": "a-t1", "version.torch": "2.13.0", "git.dirty": "true",
+        "fingerprint.perplexity": "f1",
+    }.items()  # fmt: skip
+    assert artifacts(context, done.info.run_id) == {"record.json", "manifest.json"}
+    assert children["t2"].info.status == "FAILED"
+    assert children["t2"].data.tags["evenbits.failure"] == "full"
+    assert children["t3"].data.tags["evenbits.reason"] == "nothing fits"
+    assert artifacts(context, children["t3"].info.run_id) == {"record.json"}
+    assert (context.results / "mlartifacts").is_dir()
+
+
+def test_a_resumed_run_goes_on_where_it_was(context: Context) -> None:
+    run(context, record("t1"))
+    first, children = runs(context)
+    ended = children["t1"].info.run_id
+    run(context, record("t1"), record("t4"))
+    second, children = runs(context)
+    assert second.info.run_id == first.info.run_id
+    assert second.info.status == "FINISHED"
+    assert children.keys() == {"t1", "t4"}
+    assert children["t1"].info.run_id == ended
+
+
+def test_no_duplicate_when_killed_before_the_ledger_was_written(context: Context) -> None:
+    run(context, record("t1"))
+    _, before = runs(context)
+    (context.folder / LEDGER).unlink()
+    run(context, record("t1"))
+    _, after = runs(context)
+    assert after["t1"].info.run_id == before["t1"].info.run_id
+    assert json.loads((context.folder / LEDGER).read_text())["own"]["delivered"].keys() == {"t1"}
+
+
+def test_a_run_that_was_cut_short_is_replaced(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(context, record("t1"))
+    _, half = runs(context)
+    assert half["t1"].info.status == "RUNNING"
+    run(context, record("t1"))
+    _, whole = runs(context)
+    assert whole["t1"].info.run_id != half["t1"].info.run_id
+    assert whole["t1"].info.status == "FINISHED"
+    assert artifacts(context, whole["t1"].info.run_id) == {"record.json", "manifest.json"}
+
+
+def test_a_failed_trial_that_succeeds_later_replaces_its_run(context: Context) -> None:
+    run(context, FAILED)
+    run(context, record("t2"))
+    _, children = runs(context)
+    assert children["t2"].data.tags["evenbits.status"] == "done"
+    assert children["t2"].data.metrics["perplexity"] == 7.5
+
+
+def test_a_deleted_database_is_filled_again(context: Context, empty_database: Path) -> None:
+    run(context, record("t1"))
+    shutil.copy(empty_database, context.results / "mlflow.db")
+    run(context, record("t1"))
+    assert runs(context)[1].keys() == {"t1"}
+
+
+def test_a_dead_server_costs_one_line_and_push_delivers_all_once(
+    context: Context, tmp_path: Path, empty_database: Path
+) -> None:
+    context.options = {"tracking_uri": DEAD, "timeout_seconds": 1}
+    run(context, record("t1"), FAILED, SKIPPED)
+    (line,) = context.notices
+    assert "\n" not in line
+    assert line.startswith("mlflow: runs are not mirrored: ")
+    assert f"evenbits push {context.folder}" in line
+    with pytest.raises(ArtifactError, match="0 of 3 records delivered"):
+        push_run(context.folder, DEAD)
+
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    shutil.copy(empty_database, tmp_path / "elsewhere.db")
+    assert push_run(context.folder, elsewhere) == (3, 0)
+    assert push_run(context.folder, elsewhere) == (0, 3)
+    assert runs(context, elsewhere)[1].keys() == {"t1", "t2", "t3"}
+    assert push_run(context.folder) == (3, 0)  # its own database has not seen them yet
+    parent, children = runs(context)
+    assert children.keys() == {"t1", "t2", "t3"}
+    assert artifacts(context, children["t1"].info.run_id) == {"record.json", "manifest.json"}
+    assert parent.info.status == "FAILED"
+
+
+def test_push_reads_the_suite_for_where_to(context: Context, tmp_path: Path, empty_database: Path) -> None:
+    context.options = {"enabled": False}
+    run(context, record("t1"))
+    shutil.copy(empty_database, tmp_path / "shared.db")
+    uri = f"sqlite:///{tmp_path / 'shared.db'}"
+    suite = tmp_path / "night.toml"
+    suite.write_text(
+        f'name = "night"\nmodel = {{ path = "nowhere" }}\nmethods = [{{ name = "rtn", budget = "free" }}]\n'
+        f'[plugins.mlflow]\ntracking_uri = "{uri}"\n'
+    )
+    assert push_run(suite, results=context.results) == (1, 0)
+    assert runs(context, uri)[1].keys() == {"t1"}
+
+
+def test_a_server_that_dies_in_the_middle_costs_one_line(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    Results(context.results).write_plan("night", ["t1", "t5", "t6"])
+    on_plan(context=context)  # type: ignore[arg-type]
+    made = record("t1")
+    on_record(record=made, folder=store(context, made), context=context)  # type: ignore[arg-type]
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionRefusedError("connection refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "_send", refused)
+        for trial in ("t5", "t6"):
+            made = record(trial)
+            on_record(record=made, folder=store(context, made), context=context)  # type: ignore[arg-type]
+    on_finish(records=[], context=context)  # type: ignore[arg-type]
+    assert len(context.notices) == 1
+    assert "trial t5 and later ones are not mirrored: connection refused" in context.notices[0]
+    assert push_run(context.folder) == (2, 1)
+
+
+def test_without_mlflow_the_run_goes_on(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evenbits_mlflow.deliver.find_spec", lambda name: None)
+    run(context, record("t1"))
+    (line,) = context.notices
+    assert 'mlflow is not installed: pip install "evenbits[mlflow]"' in line
+    with pytest.raises(MissingExtra):
+        push_run(context.folder)
+
+
+def test_it_can_be_switched_off(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    context.options = {"enabled": False}
+    run(context, record("t1"))
+    assert context.notices == []
+    assert not (context.folder / LEDGER).exists()
+
+
+def test_a_wrong_option_is_named(context: Context) -> None:
+    context.options = {"traking_uri": "x"}
+    with pytest.raises(SuiteError, match=r"plugins\.mlflow\.traking_uri: .*known keys: enabled, tracking_uri"):
+        on_plan(context=context)  # type: ignore[arg-type]
+
+
+def test_the_active_run_of_the_process_is_left_alone(context: Context) -> None:
+    import mlflow
+
+    uri = mlflow.get_tracking_uri()
+    run(context, record("t1"))
+    assert mlflow.active_run() is None
+    assert mlflow.get_tracking_uri() == uri
+
+
+def test_odd_names_long_texts_and_infinities_are_made_acceptable() -> None:
+    metric = MetricFacts(
+        name="acc,norm@x", value=float("inf"), unit="", better="higher", source="t", fingerprint="f1"
+    )  # fmt: skip
+    seen = mirror(record("t1", metrics=(metric,), options={"text": "x" * 9000}, started="", finished="soon"))
+    assert "acc_norm_x" not in seen.metrics
+    assert seen.tags["nonfinite.acc_norm_x"] == "inf"
+    assert len(seen.params["options.text"]) == 5001
+    assert seen.started is seen.ended is None
+
+
+def test_the_commands_are_there(context: Context, tmp_path: Path) -> None:
+    app = typer.Typer()
+    extend_cli(app=app)
+    run(context, record("t1"))
+    suite = CliRunner().invoke(app, ["push", str(context.folder), "--results", str(context.results)])
+    assert suite.output == "0 records delivered, 1 were there already\n"
+    nothing = CliRunner().invoke(app, ["push", str(tmp_path)])
+    assert isinstance(nothing.exception, ArtifactError)
+    missing = CliRunner().invoke(app, ["ui", "--results", str(tmp_path / "nowhere")])
+    assert isinstance(missing.exception, ArtifactError)
+    command = server_command(context.results, 5005)
+    assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
+    assert command[command.index("--backend-store-uri") + 1] == default_uri(context.results)
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+
+
+def test_listing_the_plugin_imports_no_mlflow() -> None:
+    import subprocess
+
+    code = "import evenbits_mlflow as m, sys, typer; m.extend_cli(app=typer.Typer()); print('mlflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -35,6 +35,7 @@ ORDER = (
     ("models", "calibration", "artifact"),
     ("driver", "recovery"),
     ("subject",),
+    ("tokens",),
     ("stages",),
     ("executor",),
     ("run",),
@@ -49,7 +50,19 @@ ORDER = (
 RANK = {module: rank for rank, row in enumerate(ORDER) for module in row}
 
 # the rest must start in a fraction of a second: listing, planning, reporting
-TORCH = {"models", "calibration", "artifact", "driver", "recovery", "subject", "stages", "door", "testing", "maths"}
+TORCH = {
+    "models",
+    "calibration",
+    "artifact",
+    "driver",
+    "recovery",
+    "subject",
+    "stages",
+    "tokens",
+    "door",
+    "testing",
+    "maths",
+}
 HEAVY = {
     "torch", "transformers", "safetensors", "faiss", "scipy", "mlflow", "datasets", "matplotlib", "pandas", "sklearn",
     "huggingface_hub", "tokenizers",

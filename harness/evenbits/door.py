@@ -12,8 +12,9 @@ from torch import Tensor
 
 from evenbits.budget import BitBudget, default_window
 from evenbits.compressor import Layer, LayerCompressor, LayerShape, ModelShapes, PackedLayer, Refusal, Role, Shared
-from evenbits.driver import calibrated_error, relative_error, restore_layer, seeded_generator
+from evenbits.driver import restore_layer, seeded_generator
 from evenbits.errors import SuiteError, TrialFailed
+from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.models import guarded_randomness
 from evenbits.plugins import load_plugins
 from evenbits.record import Bits

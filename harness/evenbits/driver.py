@@ -34,7 +34,9 @@ from evenbits.compressor import (
 )
 from evenbits.errors import TrialFailed
 from evenbits.manifest import StoredLayer
-from evenbits.models import (  # fmt: skip
+from evenbits.maths.hessian import calibrated_error, relative_error
+from evenbits.models import (
+    Loader,
     check_coverage,
     guarded_randomness,
     open_model,
@@ -68,6 +70,7 @@ class Work:
     tokens: Tensor | None
     moments_folder: Path | None
     trust_remote_code: bool = False
+    loader: Loader | None = None
     advance: Advance = lambda steps: None
 
 
@@ -103,22 +106,6 @@ class Survey:
         return self._moments.get(name).to(self._device)
 
 
-def relative_error(weight: Tensor, restored: Tensor) -> float:
-    """||W - W'||^2 / ||W||^2 in float64; 0 for an all-zero weight restored exactly."""
-    total = float(weight.double().square().sum())
-    wrong = float((weight.double() - restored.double()).square().sum())
-    return wrong / total if total else (0.0 if wrong == 0 else float("inf"))
-
-
-def calibrated_error(weight: Tensor, restored: Tensor, second_moment: Tensor) -> float:
-    """tr(E H E^T) / tr(W H W^T) in float64, E = W - W', H the (in, in) second moment."""
-    moment = second_moment.double()
-    difference, dense = weight.double() - restored.double(), weight.double()
-    total = float(((dense @ moment) * dense).sum())
-    wrong = float(((difference @ moment) * difference).sum())
-    return wrong / total if total else (0.0 if wrong == 0 else float("inf"))
-
-
 class Driver:
     """One compression, from weights to an artifact's files."""
 
@@ -140,7 +127,7 @@ class Driver:
         if self._model is None:
             work = self.work
             self._model = open_model(
-                work.model_folder, work.dtype, work.device, trust_remote_code=work.trust_remote_code
+                work.model_folder, work.dtype, work.device, trust_remote_code=work.trust_remote_code, loader=work.loader
             )
             check_coverage(self._model, self.inventory)
         return self._model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from evenbits.compressor import LayerShape
 from evenbits.errors import TrialFailed
 from evenbits.shapes import Architecture, Inventory, StoredTensor
+
+Loader = Callable[[Path, str], nn.Module | None]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -65,13 +67,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise TrialFailed(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
 
 
-def open_model(folder: Path, dtype: str, device: str | torch.device, *, trust_remote_code: bool = False) -> Any:
-    """The dense model in eval mode, at `dtype`, without gradients."""
-    from transformers import AutoModelForCausalLM
+def open_model(
+    folder: Path,
+    dtype: str,
+    device: str | torch.device,
+    *,
+    trust_remote_code: bool = False,
+    loader: Loader | None = None,
+) -> Any:
+    """The dense model in eval mode, at `dtype`, without gradients. `loader` (the plugins' load_model) goes first."""
+    model = loader(folder, dtype) if loader is not None else None
+    if model is None:
+        from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code, use_safetensors=True
+        )
     return model.to(device).eval().requires_grad_(False)
 
 

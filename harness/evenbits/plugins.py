@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import pluggy
@@ -188,6 +189,10 @@ class Registry:
             if info.name == name and info.status != "ok":
                 raise SuiteError(f"{what} {name!r}: its plugin {info.origin} is {info.status}: {info.problem}")
         raise SuiteError(f"unknown {what} {name!r}{did_you_mean(name, table)}")
+
+    def load_model(self, path: Path, dtype: str) -> Any:
+        """The first plugin's model for this folder, or None where no plugin knows it."""
+        return self.manager.hook.load_model(path=path, dtype=dtype)
 
     def announce(self, hook: str, notice: Callable[[str], None], **arguments: Any) -> None:
         """Call an event hook, implementation by implementation: one that fails is a notice, the others go on."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from evenbits.artifact import Artifact, ArtifactWriter
 from evenbits.compressor import LayerCompressor, PackedLayer, RecoveryStage, Role, Shared
-from evenbits.driver import relative_error, restore_layer, seeded_generator
+from evenbits.driver import restore_layer, seeded_generator
 from evenbits.errors import TrialFailed
 from evenbits.manifest import ADAPTER_A, ADAPTER_B, Manifest, StoredLayer
+from evenbits.maths.hessian import relative_error
 from evenbits.models import build_model, guarded_randomness, load_tokenizer, open_model, read_weight
 from evenbits.shapes import read_inventory
 

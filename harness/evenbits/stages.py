@@ -26,7 +26,7 @@ from evenbits.job import Job, StageResult
 from evenbits.ledger import dense_ledger, measure_bits
 from evenbits.manifest import MANIFEST
 from evenbits.measure import Measurement, fingerprint_id
-from evenbits.models import torch_dtype
+from evenbits.models import guarded_randomness, torch_dtype
 from evenbits.plan import COMPRESS_MODULES, DENSE, Stage, Trial, content_hash
 from evenbits.plugins import Registry, load_plugins
 from evenbits.provenance import source_digest
@@ -101,6 +101,7 @@ def _compress_base(
         tokens=tokens,
         moments_folder=_moments_folder(job, calibration),
         trust_remote_code=model.source.trust_remote_code,
+        loader=registry().load_model,
         advance=advance,
     )
     with ArtifactWriter(folder) as writer:
@@ -262,7 +263,9 @@ def _measure(job: Job, report: Report, kind: str, what: str, stages: Sequence[St
     for stage in stages:
         descriptor = registry().find(kind, stage.name, what).value
         made = descriptor.make(check_options(descriptor.options, stage.options, f"{what} {stage.name}"))
-        for measurement in getattr(made, method)(subject):
+        with guarded_randomness(job.trial.seed):
+            measurements = getattr(made, method)(subject)
+        for measurement in measurements:
             _take(result, stage.name, measurement)
     result.seconds = time.perf_counter() - begun
     return result
@@ -306,10 +309,18 @@ STAGES: Mapping[str, Callable[[Job, Report], StageResult]] = {
 }
 
 
+def threads_of(job: Job) -> int:
+    """The suite's number of threads; else this process's share of the cores, all of them for a profiler."""
+    limits = job.trial.limits
+    if limits.threads is not None:
+        return limits.threads
+    sharing = 1 if job.stage == "profile" else limits.workers
+    return max(1, torch.get_num_threads() // sharing)
+
+
 def run_stage(job: Job, report: Report) -> StageResult:
     """Carry out one stage. Known errors pass as they are; a full disk is said in words."""
-    if job.trial.limits.threads is not None:
-        torch.set_num_threads(job.trial.limits.threads)
+    torch.set_num_threads(threads_of(job))
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         return STAGES[job.stage](job, report)

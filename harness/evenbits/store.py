@@ -128,20 +128,21 @@ class Results:
         return len(found)
 
     def stale(self) -> list[Path]:
-        """Trial folders outside each suite's latest plan, and artifacts that no record of those refers to."""
+        """Trial folders outside each suite's latest plan, and artifacts that no record of a planned trial refers to."""
         found: list[Path] = []
         used: set[str] = set()
         for suite in self.suites():
-            planned = set(self.planned(suite))
-            for folder in sorted(path for path in self.run_folder(suite).iterdir() if path.is_dir()):
-                if folder.name in planned or not (folder / "record.json").is_file():
-                    record = self.record(suite, folder.name) if folder.name in planned else None
-                    used.update(record.chain if record else ())
-                elif folder.name not in planned:
-                    found.append(folder)
+            planned = self.planned(suite)
+            trials = {
+                path.parent for name in ("record.json", "log.txt") for path in self.run_folder(suite).glob(f"*/{name}")
+            }
+            found += [folder for folder in trials if folder.name not in planned]
+            for trial in planned:
+                record = self.record(suite, trial)
+                used.update(record.chain if record else ())
         if self.artifacts.is_dir():
-            found += sorted(path for path in self.artifacts.iterdir() if path.name not in used)
-        return found
+            found += [path for path in self.artifacts.iterdir() if path.name not in used]
+        return sorted(found)
 
 
 def size_of(path: Path) -> int:

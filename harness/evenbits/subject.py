@@ -115,7 +115,13 @@ class MeasuredModel:
         if self.artifact:
             model = load_artifact(self.folder, self.registry, self.device)
         else:
-            model = open_model(self.folder, self.dtype, self.device, trust_remote_code=self.trust_remote_code)
+            model = open_model(
+                self.folder,
+                self.dtype,
+                self.device,
+                trust_remote_code=self.trust_remote_code,
+                loader=self.registry.load_model,
+            )
         return model, load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     def _once(self) -> tuple[nn.Module, Any]:

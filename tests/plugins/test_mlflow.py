@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,6 +298,15 @@ def test_a_dead_server_costs_one_line_and_push_delivers_all_once(
     assert children.keys() == {"t1", "t2", "t3"}
     assert artifacts(context, children["t1"].info.run_id) == {"record.json", "manifest.json"}
     assert parent.info.status == "FAILED"
+
+
+def test_a_server_that_never_answers_costs_the_timeout(context: Context) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        context.options = {"tracking_uri": f"http://127.0.0.1:{silent.getsockname()[1]}", "timeout_seconds": 1}
+        begun = time.monotonic()
+        run(context, record("t1"), FAILED)
+    assert len(context.notices) == 1
+    assert time.monotonic() - begun < 8
 
 
 def test_push_reads_the_suite_for_where_to(context: Context, tmp_path: Path, empty_database: Path) -> None:

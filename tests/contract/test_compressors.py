@@ -1,0 +1,218 @@
+"""Every installed compressor keeps the contract; and the contract catches those that break it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from evenbits.budget import BitBudget
+from evenbits.compressor import (
+    Compressor,
+    Estimate,
+    Layer,
+    LayerCompressor,
+    LayerShape,
+    ModelShapes,
+    Options,
+    PackedLayer,
+    Refusal,
+    Role,
+    Shared,
+)
+from evenbits.plugins import load_plugins
+from evenbits.testing import check_compressor, check_tunable, make_case
+
+COMPRESSORS = load_plugins().compressors
+# smaller than the default, which is made for real models
+SETTINGS = {"kmeans": {"codebook_size": 16, "d": 2}}
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_installed_compressors_keep_the_contract(name: str) -> None:
+    refused = check_compressor(COMPRESSORS[name].value, SETTINGS.get(name))
+    # a shape may be refused only where it has fewer sub-vectors than a codebook has codewords
+    assert set(refused) <= {(1, 33), (7, 16)}
+
+
+class HalfOptions(Options):
+    pass
+
+
+class Half(LayerCompressor):
+    """The weight as float16: the smallest compressor that keeps the contract."""
+
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
+        return PackedLayer({"scale": weight.half()}, {"scale": Role.SCALE})
+
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        return packed.tensors["scale"].float()
+
+    def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
+        return {"scale": packed.tensors["scale"]}
+
+
+def predict_half(options: Options, shapes: ModelShapes) -> Estimate:
+    return Estimate(16.0, 16.0, {Role.SCALE: 2 * shapes.weights})
+
+
+class Byte(Half):
+    """One byte a weight, so that the budget of 8 bits is met: round to 1/128 steps of the largest weight."""
+
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
+        step = float(weight.abs().max()) / 127 or 1.0
+        return PackedLayer({"codes": (weight / step).round().to(torch.int8)}, {"codes": Role.CODE}, {"step": step})
+
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        restored: Tensor = packed.tensors["codes"].float() * packed.meta["step"]
+        return restored
+
+    def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
+        return {}
+
+
+def predict_byte(options: Options, shapes: ModelShapes) -> Estimate:
+    return Estimate(8.0, 8.0, {Role.CODE: shapes.weights})
+
+
+def fit_byte(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Options | Refusal:
+    bits = budget.bits(predict_byte(HalfOptions(), shapes), shapes)
+    return HalfOptions() if bits in budget else Refusal("always 8 bits")
+
+
+def descriptor(make: Callable[[Any], LayerCompressor] = lambda options: Byte(), **changes: Any) -> Compressor:
+    plain = Compressor("byte", "", "", HalfOptions, make, predict_byte, fit_byte)
+    return replace(plain, **changes)
+
+
+def test_a_small_compressor_passes() -> None:
+    assert check_compressor(descriptor()) == []
+
+
+class GlobalRandomness(Byte):
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
+        np.random.rand()
+        return super().compress(weight, layer, shared, generator)
+
+
+class FromGlobalState(Byte):
+    """Depends on the global state without changing it."""
+
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
+        odd = int(torch.initial_seed()) % 2
+        return super().compress(weight + odd * 1e-2, layer, shared, generator)
+
+
+class UndeclaredSeed(Byte):
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
+        noise = 1e-3 * torch.randn(weight.shape, generator=generator)
+        return super().compress(weight + noise, layer, shared, generator)
+
+
+class WritesIntoWeight(Byte):
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
+        weight[0] += 1e-3
+        return super().compress(weight, layer, shared, generator)
+
+
+class Remembers(Byte):
+    """Restores from what the object remembers instead of what is stored."""
+
+    weight: Tensor | None = None
+
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
+        self.weight = weight.clone()
+        return super().compress(weight, layer, shared, generator)
+
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        return super().restore(packed, layer, shared) if self.weight is None else self.weight
+
+
+class WritesIntoStored(Byte):
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        restored = super().restore(packed, layer, shared)
+        packed.tensors["codes"].zero_()
+        return restored
+
+
+class WrongDtype(Byte):
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        return super().restore(packed, layer, shared).double()
+
+
+class TunesCodes(Byte):
+    def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
+        return {"codes": packed.tensors["codes"]}
+
+
+class TunesNothingStored(Byte):
+    def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
+        return {"scale": torch.ones(1)}
+
+
+class Detached(Half):
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        return packed.tensors["scale"].detach().float()
+
+
+class ZeroGoesUp(Byte):
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        return super().restore(packed, layer, shared) + 1e-4
+
+
+class TupleMeta(Byte):
+    def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
+        packed = super().compress(weight, layer, shared, generator)
+        return PackedLayer(packed.tensors, packed.roles, {**packed.meta, "size": (1, 2)})
+
+
+class Undocumented(Options):
+    width: int = 8
+
+
+def fit_too_much(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Options | Refusal:
+    return HalfOptions()
+
+
+def fit_mute(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Options | Refusal:
+    return fit_byte(budget, shapes, fixed) or Refusal("")
+
+
+def predict_less(options: Options, shapes: ModelShapes) -> Estimate:
+    return Estimate(8.0, 8.0, {Role.CODE: shapes.weights - 1})
+
+
+BROKEN: list[tuple[str, dict[str, Any], str]] = [
+    ("global randomness", {"make": lambda options: GlobalRandomness()}, "changed the global random state"),
+    ("from the global state", {"make": lambda options: FromGlobalState()}, "differs for one seed"),
+    ("undeclared seed", {"make": lambda options: UndeclaredSeed()}, "declare stochastic=True"),
+    ("writes into its weight", {"make": lambda options: WritesIntoWeight()}, "wrote into its weight"),
+    ("remembers", {"make": lambda options: Remembers()}, "compute from stored tensors"),
+    ("writes into what is stored", {"make": lambda options: WritesIntoStored()}, "restore"),
+    ("wrong dtype", {"make": lambda options: WrongDtype()}, "must return float32"),
+    ("tunes codes", {"make": lambda options: TunesCodes()}, "only floats train"),
+    ("tunes what is not stored", {"make": lambda options: TunesNothingStored()}, "is not stored"),
+    ("zero goes up", {"make": lambda options: ZeroGoesUp()}, "all-zero weight restores"),
+    ("meta is no JSON", {"make": lambda options: TupleMeta()}, "meta must be plain JSON"),
+    ("undocumented", {"options": Undocumented, "fit": lambda b, s, f: fit_byte(b, s, f) and Undocumented()}, "descr"),
+    ("fits everything", {"fit": fit_too_much}, "fit chose 8.0000 bits for 2"),
+    ("refuses mutely", {"fit": fit_mute}, "without a reason"),
+    ("predicts less", {"predict": predict_less}, "predict says"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_a_broken_compressor_is_caught(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_compressor(descriptor(**changes))
+
+
+def test_a_detached_restore_is_caught() -> None:
+    broken = descriptor(lambda options: Detached(), predict=predict_half)
+    with pytest.raises(AssertionError, match="not differentiable"):
+        check_tunable(broken, HalfOptions(), make_case(8, 16))

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +99,26 @@ def test_links_to_files_exist() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", (ROOT / document).read_text()):
             assert (ROOT / target).exists(), f"{document} links to {target}"
+
+
+def marked(marker: str, language: str) -> str:
+    """The fenced block of README.md under <!-- marker -->."""
+    found = re.search(rf"^<!-- {marker} -->\n```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert found, f"README.md has no {language} block under <!-- {marker} -->"
+    return found[1]
+
+
+def test_the_readmes_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(marked("ci:door", "python"), "README.md", "exec"), {})  # its last line is an assertion
+    assert "codes" in capsys.readouterr().out
+
+
+def test_the_readmes_plugin_keeps_the_contract() -> None:
+    from evenbits.compressor import Compressor
+    from evenbits.testing import check_compressor
+
+    names: dict[str, Any] = {}
+    exec(compile(marked("ci:plugin", "python"), "README.md", "exec"), names)
+    (descriptor,) = names["provide_compressors"]()
+    assert isinstance(descriptor, Compressor)
+    check_compressor(descriptor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from evenbits.compressor import (
     Role,
     Shared,
 )
-from evenbits.errors import TrialFailed
+from evenbits.errors import EvenbitsError, TrialFailed
 from evenbits.manifest import StoredLayer
 from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.models import (
@@ -178,6 +179,8 @@ class Driver:
     @torch.no_grad()
     def _stream(self, compressor: LayerCompressor) -> None:
         moments = self.moments() if self.work.needs.statistics == "second_moment" else None
+        if moments is None and self.work.needs.statistics != "none":
+            raise TrialFailed("statistics were asked for, and the suite gives no calibration data")
         for index, layers in self._by_block():
             for shape, tensor in layers:
                 weight = read_weight(tensor, self.inventory.architecture).to(self.work.device)
@@ -256,7 +259,8 @@ class Driver:
             weight = read_weight(weights[layer.name], architecture).to(self.work.device)
             restored = self._store(compressor, weight, layer, result.layers[layer.name])
             set_weight(self.model.get_submodule(layer.name), restored, architecture)
-        parameters = dict(self.model.named_parameters())
+        own = f"{architecture.blocks}.{index}."
+        parameters = {name: p for name, p in self.model.named_parameters() if name.startswith(own)}
         for name, tensor in result.changed.items():
             if name not in parameters or name.removesuffix(".weight") in weights:
                 raise TrialFailed(f"block {index}: {name!r} is not a tensor that a block may change")
@@ -269,12 +273,15 @@ class Driver:
         if not bool(torch.isfinite(weight).all()):
             raise TrialFailed(f"{layer.name}: the checkpoint's weight is not finite; it cannot be compressed")
         generator = seeded_generator(self.work.seed, layer.name)
-        packed = compressor.compress(weight, layer, self.shared, generator)
+        with _named(layer.name):
+            packed = compressor.compress(weight, layer, self.shared, generator)
         return self._store(compressor, weight, layer, packed)
 
     def _store(self, compressor: LayerCompressor, weight: Tensor, layer: Layer, packed: PackedLayer) -> Tensor:
         """Keep the packed layer for the block's file; returns what it restores to, (out, in) float32."""
-        restored = restore_layer(compressor, packed, layer.shape, self.shared)
+        with _named(layer.name):
+            PackedLayer(packed.tensors, packed.roles)  # checks again: the tensors may have changed since it was made
+            restored = restore_layer(compressor, packed, layer.shape, self.shared)
         moment = layer.second_moment
         shape = layer.shape
         self.writer.add_layer(shape.name, packed)
@@ -316,6 +323,11 @@ class Driver:
         generator = seeded_generator(self.work.seed, "model")
         with torch.set_grad_enabled(self.work.needs.gradients):
             compressor.compress(self.model, self.work.tokens, sink, generator)
+        if sink.weights != self.shapes.weights:
+            raise TrialFailed(
+                f"what is stored stands for {sink.weights} linear weights, the model has {self.shapes.weights}: "
+                "all must be billed"
+            )
         self.writer.write("whole.safetensors", sink.tensors, sink.facts)
         self.stored.form, self.stored.whole = "whole", sink.roles
         self.stored.whole_weights = sink.weights
@@ -340,6 +352,17 @@ class _WholeWriter:
 
     def meta(self, facts: Mapping[str, Any]) -> None:
         self.facts.update(facts)
+
+
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """A plugin's own exceptions become TrialFailed with the layer's name, their cause kept."""
+    try:
+        yield
+    except (EvenbitsError, MemoryError):
+        raise
+    except Exception as error:
+        raise TrialFailed(f"{layer}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def restore_layer(compressor: LayerCompressor, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from evenbits.job import Job, StageResult
 
 Report = Callable[[int, int, str], None]
+PRELOAD = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 WAKE_SECONDS = 0.05
 MEMORY_CHECK_SECONDS = 0.2  # a look reads every process of the machine
 
@@ -117,7 +119,10 @@ def _child(job: Job, log: str, pipe: Connection) -> None:
         result = run_stage(job, report)
     except EvenbitsError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
-        pipe.send(("error", (str(error), None)))
+        # a plugin's own exception, reported with the layer it came from: where it was raised matters
+        trace = traceback.format_exc() if error.__cause__ is not None else None
+        print(trace or "", end="", flush=True)
+        pipe.send(("error", (str(error), trace)))
     except MemoryError:
         traceback.print_exc()
         pipe.send(("memory", None))
@@ -178,7 +183,8 @@ class LocalExecutor:
         """preload: modules that the fork server imports beside torch, e.g. the models' own."""
         self.workers = workers
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["evenbits.stages", *preload])
+        self._context.set_forkserver_preload(["evenbits.stages", *PRELOAD, *preload])
+        forkserver.ensure_running()  # its imports take seconds: let them begin while the parent plans
         self._machine = _Machine()
         self._running: set[Any] = set()
         self._closed = False

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import typer
     from torch import nn
 
-    from evenbits.compressor import Compressor, Recovery
+    from evenbits.compressor import Compressor, Options, Recovery
     from evenbits.executor import Executor
     from evenbits.measure import Corpus, Evaluator, Profiler
     from evenbits.plan import Plan, Trial
@@ -68,6 +68,12 @@ def provide_models() -> Mapping[str, Path]:
 def provide_executors() -> Mapping[str, type[Executor]]:
     """Where trials run, by name; "local" is built in."""
     return {}
+
+
+@hookspec
+def provide_options() -> type[Options]:
+    """Options of the plugin itself: a suite's [plugins.NAME] table is checked against them."""
+    raise NotImplementedError
 
 
 @hookspec(firstresult=True)

@@ -174,7 +174,7 @@ class Planner:
         self.libraries = {name: package_version(name) for name in LIBRARIES}
         self.trials: list[Trial] = []
         self.skips: list[Skip] = []
-        self.order: list[str] = []
+        self.order: dict[str, None] = {}  # ids in the order of the tables
         corpora = {str(suite.calibration.corpus.get("name"))} if suite.calibration else set()
         self._corpus_digests = {
             name: source_digest(registry.find("corpora", name, "corpus").package) for name in sorted(corpora)
@@ -224,7 +224,7 @@ class Planner:
             facts = {"skip": reason, "model": model.facts.revision, "method": label, "budget": str(budget)}
             entry = Skip(content_hash(facts), model, method.name, label, options, budget, recovery, reason)
             self.skips.append(entry)
-            self.order.append(entry.id)
+            self.order[entry.id] = None
 
         if budget is None:
             options: Any = check_options(compressor.options, method.options, f"method {method.name}: options")
@@ -328,7 +328,7 @@ class Planner:
         if trial.id in self.order:
             return  # the same entry twice in a suite is one trial
         self.trials.append(trial)
-        self.order.append(trial.id)
+        self.order[trial.id] = None
 
 
 def replace_bytes(estimate: Estimate, extra: Mapping[Role, int]) -> Estimate:

@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 import pluggy
 
 from evenbits import hookspecs
-from evenbits.compressor import Compressor, Recovery
+from evenbits.compressor import Compressor, Options, Recovery
 from evenbits.errors import EvenbitsError, PluginError, SuiteError
 from evenbits.measure import Corpus, Evaluator, Profiler
 
@@ -171,6 +171,11 @@ class Registry:
     @cached_property
     def executors(self) -> dict[str, Provided[Any]]:
         return self._named("provide_executors", "executor")
+
+    @cached_property
+    def options(self) -> dict[str, type[Options]]:
+        """By plugin, for those that take options of their own."""
+        return {info.name: function() for info, function in self._each("provide_options")}
 
     def collect_all(self) -> None:
         """Ask every plugin for everything, so that `problems` is complete."""

@@ -247,8 +247,10 @@ class _Stages:
             if not results.has_artifact(trial.artifact):
                 outcome = self._do("compress")
                 if outcome.failure is not None:
+                    for key in trial.chain:
+                        results.remove_unfinished(key)
                     return _failure("compress", outcome.failure)
-                facts = {"seconds": outcome.seconds, "peak_bytes": outcome.peak_bytes}
+                facts = {"seconds": _seconds(outcome), "peak_bytes": outcome.peak_bytes}
                 write_atomically(cost, json.dumps(facts).encode())
         if cost.is_file():
             facts = json.loads(cost.read_text())
@@ -266,7 +268,7 @@ class _Stages:
         self.metrics += result.metrics
         self.fingerprints |= result.fingerprints
         self.items |= result.arrays()
-        self.seconds[stage] = outcome.seconds
+        self.seconds[stage] = _seconds(outcome)
         self.peaks[stage] = outcome.peak_bytes
         return None
 
@@ -286,6 +288,11 @@ class _Stages:
         return self._run.executor.run(
             job, self._log, lambda done, total, what: display.stage(trial, stage, done, total, what)
         )
+
+
+def _seconds(outcome: StageOutcome) -> float:
+    """By the child's own clock: waiting for the fork server is not the stage's work."""
+    return outcome.seconds if outcome.result is None else outcome.result.seconds
 
 
 def _failure(stage: str, failure: StageFailure) -> Failure:

@@ -120,6 +120,11 @@ class Results:
         """What killed writers left: temporary folders and files."""
         return sorted([*self.artifacts.glob(f"{TEMPORARY}*"), *self.root.glob("runs/*/*/.*.*")])
 
+    def remove_unfinished(self, key: str) -> None:
+        """Remove what a writer of this artifact left when it died. Call only once it is dead."""
+        for path in self.artifacts.glob(f"{TEMPORARY}{key}-*"):
+            remove(path)
+
     def remove_leftovers(self) -> int:
         """Call only under the lock. Returns how many there were."""
         found = self.leftovers()

@@ -286,6 +286,12 @@ def check_suite(suite: Suite, registry: Registry, source: str = "suite", text: s
         if name not in installed:
             line = locate(text, ("plugins", name))
             raise SuiteError(f"{source}:{line}: plugins.{name}: no such plugin{did_you_mean(name, installed)}")
+        if name not in registry.options:
+            line = locate(text, ("plugins", name))
+            raise SuiteError(f"{source}:{line}: plugins.{name}: this plugin takes no options")
+        unknown = [key for key in suite.plugins[name] if key not in registry.options[name].model_fields]
+        line = locate(text, ("plugins", name, *unknown[:1]))
+        check_options(registry.options[name], suite.plugins[name], f"{source}:{line}: plugins.{name}")
 
 
 def read_suite(

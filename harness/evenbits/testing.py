@@ -44,7 +44,7 @@ from evenbits.subject import restore_state
 
 # one that any method should take, then: short last groups, a width of 4 x 43, fewer rows than a tile, one row
 SHAPES = ((64, 128), (24, 40), (16, 172), (7, 16), (1, 33))
-BUDGETS = (2.0, 3.0, 4.0, 8.0)
+BUDGETS = (1.0, 2.0, 3.0, 4.0, 8.0)
 ALL_BUT_FIRST = SHAPES[1:]
 OUTLIER = 1e4
 ROUNDS_TO_ZERO = 1e-6

@@ -11,8 +11,16 @@ from evenbits.hookspecs import hookimpl
 if TYPE_CHECKING:
     import typer
 
+    from evenbits.compressor import Options
     from evenbits.record import Record
     from evenbits.run import RunContext
+
+
+@hookimpl
+def provide_options() -> type[Options]:
+    from evenbits_mlflow.options import MlflowOptions
+
+    return MlflowOptions
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""A plugin that misbehaves on demand: what the harness must survive. Announced to child processes by a real dist-info."""
+"""A plugin that misbehaves on demand: what the harness must survive."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from evenbits.compressor import Compressor, Estimate, Options, Role
@@ -16,13 +17,14 @@ from evenbits.hookspecs import hookimpl
 from evenbits.measure import Evaluator, Measurement, Profiler
 
 What = Literal[
-    "nothing", "kill", "segfault", "raise", "sleep", "memory", "exit", "print", "linger", "offspring", "odd-details", "nan"
+    "nothing", "kill", "segfault", "raise", "sleep", "memory", "exit", "print", "linger", "offspring", "odd-details",
+    "nan", "wrong-shape",
 ]  # fmt: skip
 
 
 class TroubleOptions(Options):
     what: What = "nothing"
-    folder: str | None = None  # where a file counts the calls
+    count: str | None = None  # a file that gets a line for each call
 
 
 class SpanOptions(Options):
@@ -72,14 +74,15 @@ def make(options: TroubleOptions) -> Any:
             self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator
         ) -> PackedLayer:
             if layer.shape.block == 1 and layer.shape.kind == "mlp.down_proj":  # the last layer: all else was done
-                if options.folder is not None:
-                    with open(options.folder, "a") as file:
+                if options.count is not None:
+                    with Path(options.count).open("a") as file:
                         file.write("compressed\n")
                 trouble(options.what)
             return PackedLayer({"code": weight.half()}, {"code": Role.CODE})
 
         def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
-            return packed.tensors["code"].float()
+            weight = packed.tensors["code"].float()
+            return weight.T.contiguous()[:1] if options.what == "wrong-shape" else weight
 
     return HalfPrecision()
 
@@ -104,7 +107,7 @@ class Span:
     def evaluate(self, subject: Any) -> Sequence[Measurement]:
         begun = time.time()
         time.sleep(self.options.seconds)
-        with open(self.options.file, "a") as file:
+        with Path(self.options.file).open("a") as file:
             file.write(f"{self.options.kind} {begun} {time.time()}\n")
         return []
 

@@ -1,0 +1,359 @@
+"""Runs: what comes of good trials, bad input and children that die."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from evenbits import files
+from evenbits.errors import ArtifactError
+from evenbits.plugins import load_plugins
+from evenbits.record import read_items
+from evenbits.store import Results
+
+
+def comparable(records: list[Any]) -> list[dict[str, Any]]:
+    return [record.comparable() for record in records]
+
+
+def by_label(records: list[Any]) -> dict[str, Any]:
+    return {record.label: record for record in records}
+
+
+# -- equal runs, resumed runs -----------------------------------------------------------------------------------
+
+
+def test_same_suite_gives_the_same_records(here: Any, suites: Any) -> None:
+    first, _ = here.run(suites.text(top="seeds = [0, 1]"), "one")
+    second, _ = here.run(suites.text(top="seeds = [0, 1]\nlimits = { workers = 2 }"), "two")
+    assert [record.status for record in first] == ["done"] * len(first)
+    assert len(first) == 1 + 1 + 2 + 2 + 1  # dense, rtn and nf4 do not depend on the seed
+    assert comparable(first) == comparable(second)
+    for a, b in zip(first, second, strict=True):
+        items = [read_items(here.folder / n / "runs" / "tiny" / r.trial, r.metrics[0]) for n, r in
+                 (("one", a), ("two", b))]  # fmt: skip
+        assert items[0] is not None
+        assert np.array_equal(items[0], items[1])
+
+
+def test_second_run_does_nothing(here: Any, suites: Any) -> None:
+    first, _ = here.run(suites.text())
+    logs = {path: path.read_text() for path in here.folder.glob("results/runs/tiny/*/log.txt")}
+    again, notes = here.run(suites.text())
+    assert again == first
+    assert notes.stages == []
+    assert {path: path.read_text() for path in here.folder.glob("results/runs/tiny/*/log.txt")} == logs
+
+
+def test_other_evaluator_options_compress_nothing(here: Any, suites: Any) -> None:
+    first, _ = here.run(suites.text())
+    stamps = {path: path.stat().st_mtime_ns for path in here.folder.glob("results/artifacts/*/manifest.json")}
+    assert len(stamps) == 4
+    second, notes = here.run(suites.text().replace("options.context = 32", "options.context = 16"))
+    assert {stage for _, stage in notes.stages} == {"evaluate"}
+    assert {path: path.stat().st_mtime_ns for path in here.folder.glob("results/artifacts/*/manifest.json")} == stamps
+    assert [record.artifact for record in second] == [record.artifact for record in first]
+    assert all(a.trial != b.trial for a, b in zip(first, second, strict=True))
+    assert all("compress" in record.seconds for record in second if record.artifact)
+
+
+def test_failed_trials_are_tried_again(here: Any, suites: Any, tiny: Any) -> None:
+    text = here.folder / "test.txt"
+    suite = suites.text('[{ name = "rtn", budget = "free" }]').replace(str(tiny.test), str(text))
+    failed, _ = here.run(suite)
+    assert [record.status for record in failed] == ["failed", "failed"]
+    assert str(text) in failed[0].failure.message
+    shutil.copy(tiny.test, text)
+    mended, notes = here.run(suite)
+    assert [record.status for record in mended] == ["done", "done"]
+    assert {stage for _, stage in notes.stages} == {"evaluate"}  # the artifact was already there
+
+
+def test_predicted_bits_are_the_measured_ones(here: Any, suites: Any) -> None:
+    methods = """[
+        "rtn", "gptq", "kmeans", "nf4",
+        { name = "gptq", label = "ordered", options = { act_order = true, group_size = 8 } },
+        { name = "rtn", label = "row", budget = "free", options = { group_size = 24, symmetric = false, bits = 3 } },
+        { name = "kmeans", label = "model", budget = "free", options = { d = 5, codebook_size = 8, scope = "model" } },
+        { name = "nf4", label = "double", budget = "free", options = { double_quant = true } },
+    ]"""
+    records, _ = here.run(suites.text(methods, top="budgets = [{ centre = 4.5, window = 0.6 }]"))
+    done = [record for record in records if record.predicted is not None]
+    assert len(done) == 8
+    for record in done:
+        assert record.status == "done", record.failure
+        assert record.ledger.bits.linear == record.predicted.linear, record.label
+        assert record.ledger.bits.index == pytest.approx(record.predicted.index, rel=0.3)
+        assert record.within_budget is (True if record.budget else None)
+
+
+# -- children that die ------------------------------------------------------------------------------------------
+
+
+def test_children_that_die_are_failed_records(here: Any, suites: Any) -> None:
+    whats = ("kill", "segfault", "raise", "exit", "print", "wrong-shape")
+    records, _ = here.run(suites.trouble(*whats, top="limits = { workers = 2 }"))
+    found = by_label(records)
+    assert [found[name].status for name in ("dense", "rtn", "print")] == ["done"] * 3
+    failures = {name: found[name].failure for name in whats if name != "print"}
+    assert {name: (f.kind, f.stage, f.signal) for name, f in failures.items()} == {
+        "kill": ("signal", "compress", "SIGKILL"),
+        "segfault": ("signal", "compress", "SIGSEGV"),
+        "raise": ("error", "compress", None),
+        "exit": ("error", "compress", None),
+        "wrong-shape": ("error", "compress", None),
+    }
+    assert failures["raise"].message == "RuntimeError: first line second line"
+    assert "in trouble" in failures["raise"].traceback
+    assert "exit code 3" in failures["exit"].message
+    assert "model.layers.0.self_attn.q_proj" in failures["wrong-shape"].message
+    log = (here.folder / "results/runs/tiny" / found["print"].trial / "log.txt").read_text()
+    assert "hello from print" in log
+    assert "hello from stderr" in log
+    assert "hello from the descriptor" in log
+    assert {path.name for path in here.folder.glob("results/artifacts/*")} == {
+        found["rtn"].artifact, found["print"].artifact
+    }  # fmt: skip
+
+
+def test_limits_of_time_and_memory(here: Any, suites: Any) -> None:
+    records, _ = here.run(suites.trouble("sleep", top="limits = { timeout_seconds = 4 }"), "time")
+    failure = by_label(records)["sleep"].failure
+    assert (failure.kind, failure.stage, failure.signal) == ("timeout", "compress", "SIGKILL")
+    assert by_label(records)["rtn"].status == "done"
+    records, _ = here.run(suites.trouble("memory", top="limits = { memory_gib = 1.5, timeout_seconds = 60 }"), "memory")
+    failure = by_label(records)["memory"].failure
+    assert (failure.kind, failure.stage) == ("memory", "compress"), failure.message
+    assert by_label(records)["rtn"].status == "done"
+
+
+def test_what_a_killed_child_started_dies_too(here: Any, suites: Any) -> None:
+    here.run(suites.trouble("offspring", top="limits = { timeout_seconds = 4 }"))
+    left = [process for process in psutil.process_iter(["cmdline"]) if "evenbits-offspring" in
+            " ".join(process.info["cmdline"] or [])]  # fmt: skip
+    assert left == []
+
+
+def test_a_child_that_does_not_end_after_its_result(here: Any, suites: Any) -> None:
+    """A plugin's thread keeps the process alive; the result is there and the run goes on."""
+    begun = time.monotonic()
+    records, _ = here.run(suites.trouble("linger", top="limits = { timeout_seconds = 30 }"))
+    assert [record.status for record in records] == ["done"] * 3
+    assert time.monotonic() - begun < 100
+
+
+@pytest.mark.parametrize("what", ["odd-details", "nan", "raise", "kill"])
+def test_an_evaluator_that_misbehaves(here: Any, suites: Any, what: str) -> None:
+    tables = f'[[evaluators]]\nname = "trouble-eval"\noptions.what = "{what}"'
+    records, _ = here.run(suites.text('[{ name = "rtn", budget = "free" }]', tables=tables))
+    assert [record.status for record in records] == ["failed", "failed"]
+    assert {record.failure.stage for record in records} == {"evaluate"}
+    if what in ("odd-details", "nan"):
+        assert "trouble" in records[0].failure.message
+
+
+# -- profilers alone --------------------------------------------------------------------------------------------
+
+
+def test_nothing_runs_beside_a_profiler(here: Any, suites: Any) -> None:
+    spans = here.folder / "spans.txt"
+    tables = "".join(
+        f'[[{kind}s]]\nname = "span-{name}"\noptions.file = "{spans}"\noptions.kind = "{name}"\n'
+        for kind, name in (("evaluator", "eval"), ("profiler", "profile"))
+    )
+    records, _ = here.run(suites.text(top="limits = { workers = 3 }", tables=tables))
+    assert {record.status for record in records} == {"done"}
+    lines = [line.split() for line in spans.read_text().splitlines()]
+    found = [(kind, float(begun), float(ended)) for kind, begun, ended in lines]
+    assert len(found) == 10
+    overlaps = [
+        (a[0], b[0]) for i, a in enumerate(found) for b in found[i + 1 :] if a[1] < b[2] and b[1] < a[2]
+    ]  # fmt: skip
+    assert ("eval", "eval") in overlaps  # they do share the machine, or the test shows nothing
+    assert set(overlaps) == {("eval", "eval")}
+
+
+# -- bad input --------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_in_an_artifact(here: Any, suites: Any) -> None:
+    first, _ = here.run(suites.text())
+    artifact = here.folder / "results/artifacts" / by_label(first)["rtn"].artifact
+    damaged = artifact / "blocks/block-0001.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-7] ^= 1
+    damaged.write_bytes(data)
+    records, _ = here.run(suites.text().replace("options.context = 32", "options.context = 16"))
+    found = by_label(records)
+    assert found["rtn"].status == "failed"
+    assert found["rtn"].failure.kind == "error"
+    assert found["rtn"].failure.stage == "evaluate"
+    assert str(damaged) in found["rtn"].failure.message
+    assert {name: record.status for name, record in found.items() if name != "rtn"} == dict.fromkeys(
+        ("dense", "gptq", "kmeans", "nf4"), "done"
+    )
+
+
+@pytest.mark.parametrize(("which", "stage", "labels"), [
+    ("train", "compress", {"gptq"}),
+    ("test", "evaluate", {"dense", "rtn", "gptq", "kmeans", "nf4"}),
+])  # fmt: skip
+def test_text_that_is_too_short(here: Any, suites: Any, tiny: Any, which: str, stage: str, labels: set[str]) -> None:
+    short = here.folder / "short.txt"
+    short.write_text("w1 w2 w3")
+    records, _ = here.run(suites.text().replace(str(getattr(tiny, which)), str(short)))
+    failed = {record.label: record.failure for record in records if record.status == "failed"}
+    assert failed.keys() == labels
+    for failure in failed.values():
+        assert failure.stage == stage
+        assert failure.traceback is None  # one of ours: the message says all
+        assert "3 tokens" in failure.message
+
+
+def test_a_damaged_record_is_measured_again(here: Any, suites: Any) -> None:
+    first, _ = here.run(suites.text())
+    path = here.folder / "results/runs/tiny" / first[1].trial / "record.json"
+    path.write_text(path.read_text()[:100])
+    again, notes = here.run(suites.text())
+    assert len(notes.notices) == 1
+    assert str(path) in notes.notices[0]
+    assert notes.stages == [("rtn", "evaluate")]
+    assert comparable(again) == comparable(first)
+
+
+def test_a_record_of_a_newer_schema_is_kept(here: Any, suites: Any) -> None:
+    first, _ = here.run(suites.text())
+    path = here.folder / "results/runs/tiny" / first[1].trial / "record.json"
+    newer = path.read_text().replace('"schema_version": 1', '"schema_version": 2').replace('"schema_version":1', "")
+    path.write_text(newer)
+    with pytest.raises(ArtifactError, match="schema 2 is newer"):
+        here.run(suites.text())
+    assert path.read_text() == newer
+
+
+# -- full disk --------------------------------------------------------------------------------------------------
+
+
+def test_full_disk_for_a_record(here: Any, suites: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent cannot write the third record: one line, and the first two are whole."""
+    written: list[Path] = []
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == "record.json":
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+            written.append(Path(target))
+        real(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    with pytest.raises(ArtifactError, match="disk is full"):
+        here.run(suites.text())
+    monkeypatch.undo()
+    assert sorted(here.folder.glob("results/runs/tiny/*/record.json")) == sorted(written)
+    assert list(here.folder.glob("results/runs/tiny/*/.*")) == []
+
+
+@pytest.mark.slow
+def test_full_disk_for_an_artifact(evenbits: Any, suites: Any, own_model: Path) -> None:
+    """Files of more than 48 KB cannot be written: the trial fails with the reason, and goes on once there is room."""
+    limit = 48 * 1024
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    methods = '[{ name = "trouble", label = "large", budget = "free" }, { name = "rtn", budget = "free" }]'
+    done = evenbits.run(suites.text(methods), preexec_fn=small_files)
+    found = by_label(evenbits.records())
+    assert done.returncode == 1, done.stderr
+    assert found["dense"].status == found["rtn"].status == "done"
+    assert found["large"].failure.stage == "compress"
+    assert "File too large" in found["large"].failure.message
+    assert len(list(evenbits.folder.glob("results/artifacts/*"))) == 1
+    done = evenbits.run(suites.text(methods))
+    assert done.returncode == 0, done.stderr
+    assert {record.status for record in evenbits.records()} == {"done"}
+
+
+# -- what plugins are told --------------------------------------------------------------------------------------
+
+
+def test_event_hooks_that_raise_are_notices(here: Any, suites: Any) -> None:
+    from types import ModuleType
+
+    from evenbits.hookspecs import hookimpl
+    from evenbits.plugins import PluginInfo
+
+    def fail(*arguments: Any) -> None:
+        raise ValueError("no\nserver")
+
+    seen: list[str] = []
+    broken, listener = ModuleType("broken"), ModuleType("listener")
+    for name, function in {
+        "on_plan": lambda plan: fail(),
+        "on_trial_start": lambda trial: fail(),
+        "on_record": lambda record, folder, context: fail(),
+        "on_finish": lambda records: fail(),
+    }.items():
+        setattr(broken, name, hookimpl(function))
+    listener.on_record = hookimpl(lambda record, context: seen.append(f"{context.suite_name} {record.label}"))  # type: ignore[attr-defined]
+    registry = load_plugins()
+    for module in (broken, listener):
+        registry.manager.register(module, module.__name__)
+        registry.plugins.append(PluginInfo(module.__name__, module.__name__, "test", "1", "ok"))
+    records, notes = here.run(suites.text('[{ name = "rtn", budget = "free" }]'), registry=registry)
+    assert [record.status for record in records] == ["done", "done"]
+    assert seen == ["tiny dense", "tiny rtn"]
+    assert len(notes.notices) == 1 + 2 + 2 + 1
+    assert notes.notices[0] == "plugin broken (test 1): on_plan: ValueError: no server"
+
+
+def test_the_fork_server_dies(here: Any, suites: Any) -> None:
+    """Killed with all its children: the trials at work fail, later ones get a new server."""
+    import threading
+    from multiprocessing import forkserver
+
+    def kill() -> None:
+        for _ in range(600):
+            time.sleep(0.1)
+            if any("sleep compress" in path.read_text() for path in here.folder.glob("results/runs/tiny/*/log.txt")):
+                break
+            if any("sleep" in path.read_text() for path in here.folder.glob("results/runs/tiny/*/log.txt")):
+                break
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)  # type: ignore[attr-defined]
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    records, _ = here.run(suites.trouble("sleep", top="limits = { timeout_seconds = 90 }"))
+    killer.join()
+    found = by_label(records)
+    assert found["sleep"].status == "failed"
+    assert found["sleep"].failure.kind != "timeout"
+    assert found["rtn"].status == "done"
+
+
+def test_results_are_found_by_the_store(here: Any, suites: Any) -> None:
+    records, _ = here.run(suites.text())
+    stored, folders = Results(here.folder / "results").records("tiny")
+    assert stored == records
+    assert all((folders[record.trial] / "log.txt").is_file() for record in records)
+
+
+def test_two_runs_on_one_folder(here: Any, evenbits: Any, suites: Any) -> None:
+    with Results(here.folder / "results").lock():
+        done: subprocess.CompletedProcess[str] = evenbits.run(suites.text())
+        assert done.returncode == 2
+        assert done.stderr.strip().count("\n") == 0
+        assert f"is in use by process {os.getpid()}" in done.stderr
+    assert not (here.folder / "results" / "runs").exists()

@@ -123,8 +123,6 @@ def _modules_of(plan: Any) -> tuple[str, ...]:
 @app.command()
 def plan(suite: SuitePath, model: ModelOption = None, results: ResultsOption = DEFAULT_RESULTS) -> None:
     """Show what would run, at what predicted bits and bytes; runs nothing."""
-    from rich.table import Table
-
     from evenbits.plan import make_plan
     from evenbits.store import Results
     from evenbits.suite import read_suite
@@ -135,22 +133,13 @@ def plan(suite: SuitePath, model: ModelOption = None, results: ResultsOption = D
     read = read_suite(suite, registry, overrides=_overrides(model))
     store = Results(results)
     made = make_plan(read, registry, cache=store.cache if store.root.is_dir() else None)
-    table = Table("model", "method", "budget", "seed", "linear bits", "model bits", "bytes", "settings", box=None)
-    for trial in made.trials:
-        bits = trial.predicted
-        table.add_row(
-            trial.model.facts.name,
-            "+".join([trial.label, *(stage.name for stage in trial.recovery)]),
-            f"{trial.budget.centre:g}" if trial.budget else "",
-            str(trial.seed),
-            f"{bits.linear:.4f}"
-            if bits
-            else f"{8 * trial.model.facts.linear_bytes / trial.model.facts.linear_weights:g}",
-            f"{bits.model:.4f}" if bits else f"{8 * trial.model.facts.model_bytes / trial.model.facts.parameters:.4g}",
-            f"{trial.predicted_bytes or trial.model.facts.model_bytes:,}",
-            ", ".join(f"{k}={v}" for k, v in trial.options.items() if v is not None),
-        )
-    out.print(table)
+    headings = ("model", "method", "budget", "seed", "linear bits", "model bits", "bytes", "settings")
+    rows = [headings, *(_planned(trial) for trial in made.trials)]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(headings) - 1)]
+    for row in rows:
+        cells = [c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
+        # the settings give way where the terminal is narrow; no other cell does
+        out.print("  ".join([*cells, row[-1]]), no_wrap=True, overflow="ellipsis", markup=False)
     for skip in made.skips:
         budget = f" @ {skip.budget.centre:g}" if skip.budget else ""
         out.print(f"skip {skip.model.facts.name} {skip.label}{budget}: {escape(skip.reason)}", soft_wrap=True)
@@ -158,6 +147,21 @@ def plan(suite: SuitePath, model: ModelOption = None, results: ResultsOption = D
     out.print(f"{len(made.trials)} trials ({known} already recorded), {len(made.skips)} skipped")
     memory = max((trial.model.facts.model_bytes for trial in made.trials), default=0)
     out.print(f"largest model: {memory:,} bytes in memory when dense")
+
+
+def _planned(trial: Any) -> tuple[str, ...]:
+    """The cells of a trial in `evenbits plan`."""
+    facts, bits = trial.model.facts, trial.predicted
+    return (
+        facts.name,
+        "+".join([trial.label, *(stage.name for stage in trial.recovery)]),
+        f"{trial.budget.centre:g}" if trial.budget else "",
+        str(trial.seed),
+        f"{bits.linear if bits else 8 * facts.linear_bytes / facts.linear_weights:.4f}",
+        f"{bits.model if bits else 8 * facts.model_bytes / facts.parameters:.4f}",
+        f"{trial.predicted_bytes or facts.model_bytes:,}",
+        " ".join(f"{key}={value}" for key, value in trial.options.items() if value is not None),
+    )
 
 
 def _write_report(store: Any, name: str, form: Format) -> None:

@@ -249,7 +249,7 @@ class Driver:
             index, module, self._layers(index, shapes, hidden), lambda states, batch: runner.run(index, states, batch)
         )
         generator = seeded_generator(self.work.seed, f"block {index}")
-        with torch.set_grad_enabled(self.work.needs.gradients):
+        with torch.set_grad_enabled(self.work.needs.gradients), _named(f"block {index}"):
             result = compressor.compress_block(block, hidden, targets, self.shared, generator)
         lacking = {shape.name for shape in shapes} ^ result.layers.keys()
         if lacking:

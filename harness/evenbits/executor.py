@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 Report = Callable[[int, int, str], None]
 PRELOAD = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 WAKE_SECONDS = 0.05
+LINGER_SECONDS = 2.0
 MEMORY_CHECK_SECONDS = 0.2  # a look reads every process of the machine
+GRACE_SECONDS = 5.0  # for a child to end once it has said its last word; a plugin's thread may keep it
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,6 @@ class LocalExecutor:
         forkserver.ensure_running()  # its imports take seconds: let them begin while the parent plans
         self._machine = _Machine()
         self._running: set[Any] = set()
-        self._closed = False
 
     def run(self, job: Job, log: Path, report: Report) -> StageOutcome:
         """One stage in a child. Blocks; `report` gets its progress."""
@@ -207,7 +208,9 @@ class LocalExecutor:
         finally:
             self._running.discard(child)
             receiver.close()
-        child.join()
+        child.join(GRACE_SECONDS)
+        if child.is_alive():
+            _kill(child)
         seconds = time.monotonic() - begun
         if stopped is not None:
             return StageOutcome(None, stopped, seconds, peak)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from evenbits.compressor import Options
@@ -126,9 +127,16 @@ class Text:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of text for calibration or for perplexity."""
+    """A source of text for calibration or for perplexity.
+
+    files     the local files that `read` would open: the plan hashes them, so that a trial is known by what its text
+              says and not by where it lies. () for text that the options alone determine (a pinned revision)
+    location  the options that only say where those files are
+    """
 
     name: str
     summary: str
     options: type[Options]
     read: Callable[[Any], Text]
+    files: Callable[[Any], Sequence[Path]] = lambda options: ()
+    location: tuple[str, ...] = ("path",)

@@ -163,41 +163,52 @@ def _call(provided: Provided[Compressor], what: str, *arguments: Any) -> Any:
 class Planner:
     """Turns one suite into a plan; keeps what trials share."""
 
-    def __init__(self, suite: Suite, registry: Registry) -> None:
+    def __init__(self, suite: Suite, registry: Registry, digests: DigestCache) -> None:
         self.suite = suite
         self.registry = registry
-        self.evaluators = tuple(
-            replace(stage, digest=self._with_corpora(stage))
-            for stage in _stages(registry, "evaluators", "evaluator", suite.evaluators)
-        )
+        self._digests = digests
+        self.evaluators = _stages(registry, "evaluators", "evaluator", suite.evaluators)
         self.profilers = _stages(registry, "profilers", "profiler", suite.profilers)
         self.libraries = {name: package_version(name) for name in LIBRARIES}
         self.trials: list[Trial] = []
         self.skips: list[Skip] = []
         self.order: dict[str, None] = {}  # ids in the order of the tables
-        corpora = {str(suite.calibration.corpus.get("name"))} if suite.calibration else set()
-        self._corpus_digests = {
-            name: source_digest(registry.find("corpora", name, "corpus").package) for name in sorted(corpora)
-        }
+        self._calibration_text = None if suite.calibration is None else self._text(suite.calibration.corpus)
         self._dumped = {
-            "evaluators": [asdict(stage) for stage in self.evaluators],
+            "evaluators": [self._evaluated(stage) for stage in self.evaluators],
             "profilers": [asdict(stage) for stage in self.profilers],
             "digest": source_digest(*MEASURE_MODULES),
             "libraries": self.libraries,
         }
 
-    def _with_corpora(self, stage: Stage) -> str:
-        """An evaluator's digest covers the code of the corpora that it reads."""
+    def _text(self, reference: Mapping[str, Any]) -> dict[str, Any]:
+        """What a corpus says, for hashes: its options without where it lies, its files' digests, its code's digest.
+
+        Raises SuiteError when a local file is missing: that is better known before a run than in it.
+        """
+        given = {key: value for key, value in reference.items() if key != "name"}
+        provided = self.registry.find("corpora", str(reference.get("name")), "corpus")
+        corpus = provided.value
+        options = check_options(corpus.options, given, f"corpus {corpus.name}")
+        files = [self._digests.file(Path(path)) for path in corpus.files(options)]
+        facts = options.model_dump(mode="json", exclude=set(corpus.location) if files else None)
+        return {"name": corpus.name, "options": facts, "files": files, "digest": source_digest(provided.package)}
+
+    def _evaluated(self, stage: Stage) -> dict[str, Any]:
+        """An evaluator for hashes: corpora in its options stand for what they say."""
         evaluator = self.registry.find("evaluators", stage.name, "evaluator").value
-        names = [str(c.get("name")) for c in evaluator.corpora(evaluator.options.model_validate(dict(stage.options)))]
-        packages = [self.registry.find("corpora", name, "corpus").package for name in names]
-        return source_digest(self.registry.find("evaluators", stage.name, "evaluator").package, *packages)
+        references = list(evaluator.corpora(evaluator.options.model_validate(dict(stage.options))))
+        options = {key: value for key, value in stage.options.items() if value not in references}
+        return {**asdict(stage), "options": options, "texts": [self._text(reference) for reference in references]}
 
     def calibration(self, seed: int) -> dict[str, Any] | None:
+        """The calibration table, and the seed that its samples are drawn with."""
         if self.suite.calibration is None:
             return None
-        facts = self.suite.calibration.model_dump(mode="json", exclude={"allowed_overlap"})
-        return {**facts, "seed": seed, "digests": self._corpus_digests}
+        return {**self.suite.calibration.model_dump(mode="json", exclude={"allowed_overlap"}), "seed": seed}
+
+    def _pinned(self, calibration: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        return None if calibration is None else {**calibration, "corpus": self._calibration_text}
 
     def plan(self, models: Sequence[PlannedModel]) -> Plan:
         for model in models:
@@ -286,7 +297,7 @@ class Planner:
                 "options": options,
                 "budget": str(budget),
                 "seed": seed,
-                "calibration": calibration,
+                "calibration": self._pinned(calibration),
                 "digest": source_digest(*COMPRESS_MODULES, *([provided.package] if provided else [])),
                 "libraries": self.libraries,
             }
@@ -363,6 +374,7 @@ def make_plan(suite: Suite, registry: Registry, *, cache: Path | None = None, do
     """Raises SuiteError for models that are missing, not understood, or without linear layers."""
     digests = DigestCache(cache / "digests.json" if cache else None)
     models = [plan_model(find_model(spec, registry, digests, download=download), suite.dtype) for spec in suite.model]
+    plan = Planner(suite, registry, digests).plan(models)
     if cache is not None:
         digests.save()
-    return Planner(suite, registry).plan(models)
+    return plan

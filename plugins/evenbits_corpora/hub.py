@@ -156,6 +156,17 @@ def read_hub(source: Source) -> Callable[[Any], Text]:
     return read
 
 
+def hub_files(source: Source) -> Callable[[Any], list[Path]]:
+    """The local files that stand in for the hub; none where the pinned revision says all."""
+
+    def files(options: HubOptions) -> list[Path]:
+        if options.path is None:
+            return []
+        return _local_files(options.path, source.name, getattr(options, "split", "all"))
+
+    return files
+
+
 def _local_files(name: str, corpus: str, split: str) -> list[Path]:
     path = texts.locate(name, corpus)
     if not path.is_dir():

@@ -24,10 +24,7 @@ def read_text(options: TextOptions) -> Text:
 
     Raises SuiteError when a file is missing or cannot be read as what its name says, TrialFailed when it is empty.
     """
-    names = [options.path] if isinstance(options.path, str) else list(options.path)
-    if not names:
-        raise SuiteError("corpus 'text': path names no file")
-    paths = [locate(name, "text") for name in names]
+    paths = text_files(options)
     documents: list[str] = []
     for path in paths:
         if is_rows(path):
@@ -50,6 +47,14 @@ def read_text(options: TextOptions) -> Text:
     if options.straight_quotes:
         identity["straight_quotes"] = True
     return Text(documents, join, identity, options.sampling)
+
+
+def text_files(options: TextOptions) -> list[Path]:
+    """The files that the options name. Raises SuiteError when one is missing, or none is named."""
+    names = [options.path] if isinstance(options.path, str) else list(options.path)
+    if not names:
+        raise SuiteError("corpus 'text': path names no file")
+    return [locate(name, "text") for name in names]
 
 
 def split_documents(content: str, split: str) -> list[str]:

@@ -44,6 +44,7 @@ ORDER = (
     ("tables", "display"),
     ("plots", "report_csv", "report_text"),
     ("report", "gate"),
+    ("tiny",),
     ("testing", "door"),
     ("cli", "__main__"),
 )
@@ -61,6 +62,7 @@ TORCH = {
     "tokens",
     "door",
     "testing",
+    "tiny",
     "maths",
 }
 HEAVY = {

@@ -37,8 +37,9 @@ def batches_of(tokens: Tensor) -> list[Tensor]:
 class BlockRunner:
     """Runs one decoder block at a time on the hidden states of all calibration batches.
 
-    What a block gets beside the hidden states (mask, positions) is recorded in one dense pass over the model,
-    block by block: architectures may give different masks to different blocks.
+    What a block gets beside the hidden states (mask, positions) is recorded block by block in a dense pass over the
+    model: architectures may give different masks to different blocks. It depends on a batch's shape alone, there
+    being no padding, so one such pass a shape is enough; the other batches stop at the first block.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, tokens: Tensor) -> None:
@@ -47,7 +48,7 @@ class BlockRunner:
         blocks = model.get_submodule(architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
-        self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in blocks]
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}  # by rows in the batch
         self.hidden: list[Tensor] = []
         device = next(model.parameters()).device
         for batch in batches_of(tokens):
@@ -55,7 +56,9 @@ class BlockRunner:
 
     @torch.no_grad()
     def _record(self, batch: Tensor) -> None:
-        last = len(self.blocks) - 1
+        rows = batch.shape[0]
+        last = 0 if rows in self._arguments else len(self.blocks) - 1
+        arguments = self._arguments.setdefault(rows, [])
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -63,7 +66,8 @@ class BlockRunner:
                 states = args[0] if args else inputs.pop("hidden_states")
                 if index == 0:
                     self.hidden.append(states)
-                self._arguments[index].append((args[1:], inputs))
+                if index == len(arguments):
+                    arguments.append((args[1:], inputs))
                 if index == last:
                     raise _Enough
 
@@ -78,9 +82,9 @@ class BlockRunner:
             for hook in hooks:
                 hook.remove()
 
-    def run(self, index: int, hidden: Tensor, batch: int) -> Tensor:
-        """Block `index` on the hidden states (rows, length, width) of calibration batch `batch`."""
-        args, kwargs = self._arguments[index][batch]
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Block `index` on hidden states (rows, length, width) of as many rows as a calibration batch has."""
+        args, kwargs = self._arguments[hidden.shape[0]][index]
         output = self.blocks[index](hidden, *args, **kwargs)
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
@@ -88,7 +92,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def run_all(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
-        return [self.run(index, states, batch) for batch, states in enumerate(hidden)]
+        return [self.run(index, states) for states in hidden]
 
 
 class SecondMoment:
@@ -148,11 +152,11 @@ def block_moments(
             raise _Enough  # the rest of the block would be computed for nothing
 
     with watch_inputs(modules, see):
-        for batch, states in enumerate(hidden):
+        for states in hidden:
             seen.clear()
             waiting.update(modules)
             with contextlib.suppress(_Enough):
-                runner.run(index, states, batch)
+                runner.run(index, states)
     found = {name: moment.mean() for name, moment in moments.items() if name not in same_as}
     result = {name: found[same_as.get(name, name)] for name in modules}
     for name, moment in found.items():
@@ -168,8 +172,8 @@ def layer_inputs(
     """(tokens, in) inputs of the named layers of one block."""
     seen: dict[str, list[Tensor]] = {name: [] for name in modules}
     with watch_inputs(modules, lambda name, inputs: seen[name].append(inputs.reshape(-1, inputs.shape[-1]))):
-        for batch, states in enumerate(hidden):
-            runner.run(index, states, batch)
+        for states in hidden:
+            runner.run(index, states)
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 

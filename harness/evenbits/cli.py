@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import tomllib
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from evenbits.errors import EvenbitsError, SuiteError
+from evenbits.errors import EvenbitsError, MissingExtra, SuiteError
 from evenbits.plugins import Registry, load_plugins
 
 app = typer.Typer(
@@ -94,7 +95,7 @@ def run(
         store.check_schema(create=True)
         plan = make_plan(read, registry, cache=store.cache, download=True)
         if read.executor == "local":
-            executor: Any = LocalExecutor(read.limits.workers, _modules_of(plan))
+            executor: Any = LocalExecutor(read.limits.workers, _preload(plan, registry))
         else:
             executor = registry.find("executors", read.executor, "executor").value(read)
         try:
@@ -112,12 +113,14 @@ def run(
         raise typer.Exit(1)
 
 
-def _modules_of(plan: Any) -> tuple[str, ...]:
-    """The transformers module of each model, for the fork server to import once."""
+def _preload(plan: Any, registry: Registry) -> tuple[str, ...]:
+    """What the fork server imports once: the transformers module of each model, what evaluators ask for."""
     from evenbits.shapes import read_config
 
     kinds = {read_config(trial.model.source.folder).get("model_type") for trial in plan.trials}
-    return tuple(f"transformers.models.{kind}.modeling_{kind}" for kind in sorted(map(str, kinds)))
+    models = [f"transformers.models.{kind}.modeling_{kind}" for kind in sorted(map(str, kinds))]
+    evaluators = [registry.find("evaluators", stage.name, "evaluator").value for stage in plan.suite.evaluators]
+    return (*models, *(module for evaluator in evaluators for module in evaluator.preload))
 
 
 @app.command()
@@ -178,7 +181,13 @@ def _write_report(store: Any, name: str, form: Format) -> None:
         sys.stdout.write(as_csv(table))
     else:
         as_terminal(table, out)
-        for path in write_report(store.run_folder(name) / "report", records, folders):
+        folder = store.run_folder(name) / "report"
+        try:
+            written = write_report(folder, records, folders)
+        except MissingExtra as error:
+            err.print(f"[yellow]note[/] no plots: {escape(str(error))}", soft_wrap=True)
+            written = write_report(folder, records, folders, plots=False)
+        for path in written:
             out.print(f"wrote {path}", soft_wrap=True)
 
 
@@ -255,6 +264,11 @@ def main() -> None:
         app()
     except EvenbitsError as error:
         err.print(f"[red]error[/] {escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        err.print(f"[red]error[/] {escape(str(error))}: free some space; finished trials are kept", soft_wrap=True)
         raise SystemExit(2) from None
 
 

@@ -216,7 +216,7 @@ class Block:
     index: int
     module: nn.Module
     layers: Sequence[Layer]
-    run: Callable[[Tensor, int], Tensor]  # (hidden (1, length, width), index of the calibration batch) -> hidden
+    run: Callable[[Tensor], Tensor]  # hidden (rows, length, width), as many rows as an input has -> hidden
 
 
 @dataclass

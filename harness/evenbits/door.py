@@ -121,6 +121,8 @@ def compress_weight(
     shapes, TrialFailed when the method needs what was not given.
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    if not weights:
+        raise ValueError("give at least one weight")
     moments = _moments_of(second_moment, len(weights))
     for index, (matrix, moment) in enumerate(zip(weights, moments, strict=True)):
         _check(matrix, moment, index)

@@ -245,9 +245,7 @@ class Driver:
         runner = self.runner()
         module = runner.blocks[index]
         targets = runner.run_all(index, hidden)
-        block = Block(
-            index, module, self._layers(index, shapes, hidden), lambda states, batch: runner.run(index, states, batch)
-        )
+        block = Block(index, module, self._layers(index, shapes, hidden), lambda states: runner.run(index, states))
         generator = seeded_generator(self.work.seed, f"block {index}")
         with torch.set_grad_enabled(self.work.needs.gradients), _named(f"block {index}"):
             result = compressor.compress_block(block, hidden, targets, self.shared, generator)

@@ -89,13 +89,20 @@ class ProfilerStage(Protocol):
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures quality. `corpora(options)` lists the corpora it reads, so that overlap with calibration is checked."""
+    """Measures quality.
+
+    corpora  the corpora it reads, so that overlap with calibration is checked
+    files    other local files it reads; the plan hashes them
+    preload  modules that are slow to import: the fork server loads them once for all children
+    """
 
     name: str
     summary: str
     options: type[Options]
     make: Callable[[Any], EvaluatorStage]
     corpora: Callable[[Any], Sequence[Mapping[str, Any]]] = lambda options: ()
+    files: Callable[[Any], Sequence[Path]] = lambda options: ()
+    preload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from evenbits.compressor import LayerShape
 from evenbits.errors import TrialFailed
 from evenbits.shapes import Architecture, Inventory, StoredTensor
 
@@ -97,8 +95,9 @@ def build_model(folder: Path, state: Mapping[str, Tensor], dtype: str, *, trust_
     with guarded_randomness(0), warnings.catch_warnings():
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code)
     missing, unexpected = model.load_state_dict(dict(state), strict=False)
-    tied = {name for name, tensor in model.state_dict().items() if _is_tied(model, name, tensor, state)}
-    lacking = sorted(set(missing) - tied)
+    tensors = model.state_dict()
+    filled = {tensor.data_ptr() for name, tensor in tensors.items() if name in state}
+    lacking = sorted(name for name in missing if tensors[name].data_ptr() not in filled)  # a tied one is filled
     if lacking or unexpected:
         names = [*(f"missing {name}" for name in lacking), *(f"left over {name}" for name in unexpected)]
         raise TrialFailed(
@@ -106,23 +105,6 @@ def build_model(folder: Path, state: Mapping[str, Tensor], dtype: str, *, trust_
         )
     model.tie_weights()
     return model.eval().requires_grad_(False)
-
-
-def _is_tied(model: nn.Module, name: str, tensor: Tensor, state: Mapping[str, Tensor]) -> bool:
-    """Whether `name` shares memory with a tensor that is in `state`."""
-    pointer = tensor.data_ptr()
-    return any(other.data_ptr() == pointer and key in state for key, other in model.state_dict().items() if key != name)
-
-
-def get_module(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name)
-
-
-def get_weight(module: nn.Module, architecture: Architecture) -> Tensor:
-    """(out, in) view of a linear layer's weight."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if architecture.transposed else weight
 
 
 @torch.no_grad()
@@ -144,11 +126,3 @@ def check_coverage(model: nn.Module, inventory: Inventory) -> None:
         weight = getattr(module, "weight", None)
         if name.startswith(blocks) and isinstance(weight, Tensor) and weight.dim() >= 2 and name not in known:
             raise TrialFailed(f"{name} ({type(module).__name__}) is not understood and would stay dense")
-
-
-def layer_modules(model: nn.Module, layers: Mapping[str, LayerShape]) -> dict[str, nn.Module]:
-    return {name: model.get_submodule(name) for name in layers}
-
-
-def copy_module(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evenbits.budget import BitBudget
-from evenbits.compressor import Compressor, Estimate, ModelShapes, Refusal, Role
+from evenbits.compressor import Compressor, Estimate, ModelShapes, Needs, Refusal, Role
 from evenbits.environment import package_version
 from evenbits.errors import PluginError, SuiteError
 from evenbits.plugins import Provided, Registry
@@ -147,17 +147,19 @@ def _stages(registry: Registry, kind: str, what: str, specs: Iterable[StageSpec]
     return tuple(stages)
 
 
-def _call(provided: Provided[Compressor], what: str, *arguments: Any) -> Any:
+def _call(provided: Provided[Compressor], what: str, expected: tuple[type, ...], *arguments: Any) -> Any:
     """Plugin code at planning: a crash names the plugin and does not take the plan down with a riddle."""
+    who = f"method {provided.value.name!r} of plugin {provided.plugin.origin}: {what}"
     try:
-        return getattr(provided.value, what)(*arguments)
+        found = getattr(provided.value, what)(*arguments)
     except SuiteError:
         raise
     except Exception as error:
-        raise PluginError(
-            f"method {provided.value.name!r} of plugin {provided.plugin.origin}: {what} failed: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        raise PluginError(f"{who} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(found, expected):
+        names = " or ".join(kind.__name__ for kind in expected)
+        raise PluginError(f"{who} returned {type(found).__name__}, expected {names}")
+    return found
 
 
 class Planner:
@@ -197,9 +199,12 @@ class Planner:
     def _evaluated(self, stage: Stage) -> dict[str, Any]:
         """An evaluator for hashes: corpora in its options stand for what they say."""
         evaluator = self.registry.find("evaluators", stage.name, "evaluator").value
-        references = list(evaluator.corpora(evaluator.options.model_validate(dict(stage.options))))
+        checked = evaluator.options.model_validate(dict(stage.options))
+        references = list(evaluator.corpora(checked))
+        files = [self._digests.file(Path(path)) for path in evaluator.files(checked)]
         options = {key: value for key, value in stage.options.items() if value not in references}
-        return {**asdict(stage), "options": options, "texts": [self._text(reference) for reference in references]}
+        texts = [self._text(reference) for reference in references]
+        return {**asdict(stage), "options": options, "texts": texts, "files": files}
 
     def calibration(self, seed: int) -> dict[str, Any] | None:
         """The calibration table, and the seed that its samples are drawn with."""
@@ -222,7 +227,7 @@ class Planner:
         for stages in ((), *self.suite.dense_recovery):
             recovery = _stages(self.registry, "recoveries", "recovery stage", stages)
             for seed in self.suite.seeds if recovery else self.suite.seeds[:1]:
-                self._add(model, DENSE, DENSE, None, {}, None, seed, recovery, None, None)
+                self._add(model, DENSE, DENSE, None, {}, None, seed, recovery, False, None)
 
     def _method(self, model: PlannedModel, method: MethodSpec, budget: BitBudget | None) -> None:
         provided: Provided[Compressor] = self.registry.find("compressors", method.name, "method")
@@ -234,6 +239,8 @@ class Planner:
         def skip(reason: str, options: Mapping[str, Any]) -> None:
             facts = {"skip": reason, "model": model.facts.revision, "method": label, "budget": str(budget)}
             entry = Skip(content_hash(facts), model, method.name, label, options, budget, recovery, reason)
+            if entry.id in self.order:
+                return
             self.skips.append(entry)
             self.order[entry.id] = None
 
@@ -243,10 +250,10 @@ class Planner:
             room = _less(budget, extra, model.shapes)
             if isinstance(room, Refusal):
                 return skip(room.reason, method.options)
-            options = _call(provided, "fit", room, model.shapes, method.options)
+            options = _call(provided, "fit", (compressor.options, Refusal), room, model.shapes, method.options)
             if isinstance(options, Refusal):
                 return skip(options.reason, method.options)
-        needs = _call(provided, "needs_of", options)
+        needs = _call(provided, "needs_of", (Needs,), options)
         calibrated = needs.statistics != "none" or bool(recovery)
         if calibrated and self.suite.calibration is None:
             return skip("needs calibration data; give the suite a [calibration] table", method.options)
@@ -254,12 +261,12 @@ class Planner:
             return skip(f'needs a CUDA device, and the suite asks for "{self.suite.device}"', method.options)
         if needs.environment is not None:
             return skip(f"needs the environment {needs.environment!r}, which evenbits cannot make yet", method.options)
-        estimate: Estimate = _call(provided, "predict", options, model.shapes)
+        estimate: Estimate = _call(provided, "predict", (Estimate,), options, model.shapes)
         seeded = calibrated or compressor.stochastic
         for seed in self.suite.seeds if seeded else self.suite.seeds[:1]:
             self._add(
                 model, method.name, label, provided, options.model_dump(mode="json"), budget, seed, recovery,
-                self.calibration(seed) if calibrated else None, replace_bytes(estimate, extra),
+                needs.statistics != "none", replace_bytes(estimate, extra),
             )  # fmt: skip
         return None
 
@@ -282,11 +289,11 @@ class Planner:
         budget: BitBudget | None,
         seed: int,
         recovery: tuple[Stage, ...],
-        calibration: Mapping[str, Any] | None,
+        statistics: bool,
         estimate: Estimate | None,
     ) -> None:
-        if recovery and calibration is None:
-            calibration = self.calibration(seed)
+        """`statistics`: whether the method itself looks at calibration data; a recovery stage always does."""
+        calibration = self.calibration(seed) if statistics or recovery else None
         chain: list[str] = []
         if provided is not None or recovery:
             facts: dict[str, Any] = {
@@ -297,14 +304,15 @@ class Planner:
                 "options": options,
                 "budget": str(budget),
                 "seed": seed,
-                "calibration": self._pinned(calibration),
+                "calibration": self._pinned(calibration) if statistics else None,
                 "digest": source_digest(*COMPRESS_MODULES, *([provided.package] if provided else [])),
                 "libraries": self.libraries,
             }
             chain.append(content_hash(facts))
             for stage in recovery:
                 digest = source_digest("evenbits.recovery")
-                chain.append(content_hash({"after": chain[-1], "stage": asdict(stage), "digest": digest}))
+                after = {"after": chain[-1], "calibration": self._pinned(calibration), "seed": seed}
+                chain.append(content_hash({**after, "stage": asdict(stage), "digest": digest}))
         trial = Trial(
             id="",
             chain=tuple(chain),

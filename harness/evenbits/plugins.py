@@ -122,11 +122,7 @@ class Registry:
             for value in values:
                 name: str = value.name
                 if name in found:
-                    other = found[name].plugin
-                    self.problems.append(
-                        f'{what} "{name}" is provided by {other.origin} and by {info.origin}: neither is used; '
-                        f"disable one with {DISABLE}={info.name}"
-                    )
+                    self._clash(what, name, found[name].plugin, info)
                     clashing.add(name)
                 else:
                     found[name] = Provided(value, info)
@@ -154,15 +150,26 @@ class Registry:
 
     def _named(self, hook: str, what: str) -> dict[str, Provided[Any]]:
         found: dict[str, Provided[Any]] = {}
+        clashing: set[str] = set()
         for info, function in self._each(hook):
             try:
-                for name, value in dict(function()).items():
-                    if name in found:
-                        raise PluginError(f'{what} "{name}" is also provided by {found[name].plugin.origin}')
-                    found[name] = Provided(value, info)
+                values = dict(function())
             except Exception as error:
-                self.problems.append(f"plugin {info.origin}: {_one_line(error)}")
-        return found
+                self.problems.append(f"plugin {info.origin}: {_one_line(error)}; its {what}s are not available")
+                continue
+            for name, value in values.items():
+                if name in found:
+                    self._clash(what, name, found[name].plugin, info)
+                    clashing.add(name)
+                else:
+                    found[name] = Provided(value, info)
+        return {name: provided for name, provided in found.items() if name not in clashing}
+
+    def _clash(self, what: str, name: str, one: PluginInfo, other: PluginInfo) -> None:
+        self.problems.append(
+            f'{what} "{name}" is provided by {one.origin} and by {other.origin}: neither is used; '
+            f"disable one with {DISABLE}={other.name}"
+        )
 
     @cached_property
     def models(self) -> dict[str, Provided[Any]]:
@@ -239,7 +246,7 @@ def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
             module = entry.load()
             hooks = _check_hooks(module)
             manager.register(module, entry.name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a module that exits when imported takes nobody with it
             if manager.has_plugin(entry.name):
                 manager.unregister(name=entry.name)
             problem = _one_line(error)

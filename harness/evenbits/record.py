@@ -74,7 +74,7 @@ class Ledger(_Frozen):
 
 
 class LayerFacts(_Frozen):
-    """Per layer: bits by its own bytes (shared parts not included), relative squared error of the weights,
+    """Per layer: bits by its own bytes (shared parts and adapters not included), relative squared error of the weights,
     and where statistics were at hand the calibrated error tr(E H E^T) / tr(W H W^T)."""
 
     name: str

@@ -46,8 +46,8 @@ class OpenedArtifact:
             raise TrialFailed(
                 f"method {artifact.manifest.method!r} stores a whole model: no recovery stage can open it"
             )
-        self.calibration = tokens
-        self.tokenizer = load_tokenizer(artifact.folder)
+        self.calibration = tokens.to(device)
+        self.tokenizer = load_tokenizer(artifact.folder, trust_remote_code=artifact.manifest.trust_remote_code)
         self.parameters: dict[str, nn.Parameter] = {}
         self.adapters: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         self.layers: dict[str, tuple[StoredLayer, PackedLayer]] = {}
@@ -55,6 +55,7 @@ class OpenedArtifact:
         self._compressor = compressor
         self._base = base
         self._dtype = artifact.manifest.dtype
+        self._trusted = artifact.manifest.trust_remote_code
         self._device = device
         state = artifact.rest()
         for stored, packed in artifact.packed():
@@ -68,7 +69,9 @@ class OpenedArtifact:
         for name in self.layers:
             if transposed:
                 state[f"{name}.weight"] = state[f"{name}.weight"].T
-        model: nn.Module = build_model(artifact.folder, state, self._dtype).to(self._device)
+        model: nn.Module = build_model(artifact.folder, state, self._dtype, trust_remote_code=self._trusted).to(
+            self._device
+        )
         for name, (a, b) in artifact.adapters().items():
             self.adapters[name] = (nn.Parameter(a.to(self._device)), nn.Parameter(b.to(self._device)))
         for name, (stored, packed) in self.layers.items():
@@ -109,7 +112,7 @@ class OpenedArtifact:
         return None if self.shared is None else self._with(SHARED, self.shared)
 
     def dense(self) -> nn.Module:
-        model: nn.Module = open_model(self._base, self._dtype, self._device)
+        model: nn.Module = open_model(self._base, self._dtype, self._device, trust_remote_code=self._trusted)
         return model
 
     def rest(self) -> Mapping[str, nn.Parameter]:
@@ -119,7 +122,12 @@ class OpenedArtifact:
     def add_adapter(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
         if layer not in self.layers:
             raise TrialFailed(f"{layer!r} is not a linear layer of this model")
+        if layer in self.adapters:
+            raise TrialFailed(f"{layer}: has an adapter from a stage before; train that one")
         a, b = tensors["A"], tensors["B"]
+        shape = self.layers[layer][0].shape
+        if (b.shape[0], b.shape[1:], a.shape[1]) != (shape.out_features, a.shape[:1], shape.in_features):
+            raise TrialFailed(f"{layer}: an adapter of {tuple(b.shape)} times {tuple(a.shape)} does not fit its weight")
         self.adapters[layer] = (
             a if isinstance(a, nn.Parameter) else nn.Parameter(a.to(self._device)),
             b if isinstance(b, nn.Parameter) else nn.Parameter(b.to(self._device)),

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,13 @@ class Architecture:
     blocks      path of the list of decoder blocks, e.g. "model.layers"
     groups      kinds of linear layers inside a block, in the order their inputs become known (GPTQ's true-sequential)
     transposed  weights are stored (in, out), as GPT-2's Conv1D does
+    tied        whether the head is the embedding where the config does not say
     """
 
     blocks: str
     groups: tuple[tuple[str, ...], ...]
     transposed: bool = False
+    tied: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -63,9 +65,10 @@ _LLAMA = Architecture(
 _OPT = Architecture(
     "model.decoder.layers",
     (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+    tied=True,
 )
 _GPT2 = Architecture(
-    "transformer.h", (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)), transposed=True
+    "transformer.h", (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)), transposed=True, tied=True
 )
 _PHI3 = Architecture(
     "model.layers", (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",))
@@ -75,8 +78,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
+    "gemma": replace(_LLAMA, tied=True),
+    "gemma2": replace(_LLAMA, tied=True),
     "phi3": _PHI3,
     "opt": _OPT,
     "gpt2": _GPT2,
@@ -147,7 +150,11 @@ def stored_tensors(folder: Path, blocks: str) -> Iterator[StoredTensor]:
             if key == "__metadata__":
                 continue
             name = prefix + key if bare and not key.startswith("lm_head.") else key
-            yield StoredTensor(name, key, file, _SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+            if dtype is None:
+                known = ", ".join(_SAFETENSORS_DTYPES)
+                raise SuiteError(f"{file}: {key}: dtype {entry['dtype']} is not understood; known: {known}")
+            yield StoredTensor(name, key, file, dtype, tuple(entry["shape"]))
 
 
 @dataclass(frozen=True)
@@ -186,7 +193,7 @@ def read_inventory(folder: Path) -> Inventory:
     config = read_config(folder)
     architecture = architecture_of(config, str(folder))
     inside = re.compile(rf"^{re.escape(architecture.blocks)}\.(\d+)\.(.+?)\.?(weight|bias)?$")
-    tied = bool(config.get("tie_word_embeddings", True))
+    tied = bool(config.get("tie_word_embeddings", architecture.tied))
     layers: dict[tuple[int, str], StoredTensor] = {}
     biased: set[tuple[int, str]] = set()
     rest: list[StoredTensor] = []

@@ -6,6 +6,7 @@ The evaluating child sees only the artifact folder, or the dense model's own.
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -276,6 +277,10 @@ def _take(result: StageResult, source: str, measurement: Measurement) -> None:
         raise TrialFailed(f"{source}: {measurement.name} is {measurement.value}")
     if any(metric.name == measurement.name for metric in result.metrics):
         raise TrialFailed(f"{source}: a second metric of the name {measurement.name!r}; give one a prefix")
+    try:
+        json.dumps(dict(measurement.details))
+    except (TypeError, ValueError) as error:
+        raise TrialFailed(f"{source}: the details of {measurement.name} are not JSON ({error})") from None
     fields: Mapping[str, Any] = {"evaluator": source, **measurement.fingerprint}
     key = fingerprint_id(fields)
     result.fingerprints[key] = dict(fields)

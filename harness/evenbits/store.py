@@ -52,7 +52,7 @@ class Results:
         path = self.root / "evenbits.json"
         if path.is_file():
             try:
-                found = json.loads(path.read_text())["schema"]
+                found = int(json.loads(path.read_text())["schema"])
             except (ValueError, KeyError, TypeError):
                 raise ArtifactError(f'{path}: damaged; it should hold {{"schema": {SCHEMA}}}') from None
             if found > SCHEMA:
@@ -66,8 +66,12 @@ class Results:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder alone. Raises ArtifactError naming the process that has it; the lock dies with it."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("a+") as file:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            opened = (self.root / ".lock").open("a+")
+        except OSError as error:
+            raise ArtifactError(f"{self.root}: no results folder can be here ({error.strerror})") from None
+        with opened as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -118,7 +122,12 @@ class Results:
 
     def leftovers(self) -> list[Path]:
         """What killed writers left: temporary folders and files."""
-        return sorted([*self.artifacts.glob(f"{TEMPORARY}*"), *self.root.glob("runs/*/*/.*.*")])
+        # nothing else inside an artifact: a base model's own hidden files are listed in its manifest
+        patterns = (
+            ".evenbits.json.*", f"artifacts/{TEMPORARY}*", "artifacts/*/.cost.json.*", "cache/**/.*.*",
+            "runs/*/.plan.json.*", "runs/*/*/.*.*",
+        )  # fmt: skip
+        return sorted(path for pattern in patterns for path in self.root.glob(pattern))
 
     def remove_unfinished(self, key: str) -> None:
         """Remove what a writer of this artifact left when it died. Call only once it is dead."""

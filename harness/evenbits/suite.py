@@ -59,6 +59,11 @@ class BudgetSpec(_Frozen):
     def _from_number(cls, value: Any) -> Any:
         return {"centre": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
+    @model_validator(mode="after")
+    def _window_below_centre(self) -> BudgetSpec:
+        self.budget()  # raises ValueError
+        return self
+
     def budget(self) -> BitBudget:
         window = default_window(self.centre) if self.window is None else self.window
         return BitBudget(self.centre, window, self.on)
@@ -125,7 +130,7 @@ class Suite(_Frozen):
     model: tuple[ModelSpec, ...] = Field(min_length=1)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     budgets: tuple[BudgetSpec, ...] = ()
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     evaluators: tuple[StageSpec, ...] = ()
@@ -197,8 +202,9 @@ def locate(text: str, loc: Sequence[Any]) -> int:
             here = (*path, *(part.strip("\"'") for part in key_match[1].split(".")))
         else:
             continue
-        if len(here) > depth and here == target[: len(here)]:
-            best, depth = number, len(here)
+        shared = min(len(here), len(target))  # a dotted key names what lies above it too
+        if shared > depth and here[:shared] == target[:shared]:
+            best, depth = number, shared
     return best
 
 
@@ -280,7 +286,10 @@ def check_suite(suite: Suite, registry: Registry, source: str = "suite", text: s
         name = str(reference.pop("name", ""))
         check("corpora", "corpus", name, reference, ("calibration", "corpus"))
     if suite.executor != "local":
-        registry.find("executors", suite.executor, "executor")
+        try:
+            registry.find("executors", suite.executor, "executor")
+        except SuiteError as error:
+            raise SuiteError(f"{source}:{locate(text, ('executor',))}: executor: {error}") from None
     installed = {info.name for info in registry.plugins}
     for name in suite.plugins:
         if name not in installed:
@@ -310,6 +319,8 @@ def read_suite(
         text = path.read_text()
     except OSError as error:
         raise SuiteError(f"{source}: cannot be read ({error.strerror}); give the path of a suite (*.toml)") from None
+    except UnicodeDecodeError as error:
+        raise SuiteError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

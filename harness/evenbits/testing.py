@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ from evenbits.manifest import Manifest, StoredLayer
 from evenbits.models import build_model, guarded_randomness
 from evenbits.shapes import llama_shapes, read_inventory
 from evenbits.subject import restore_state
+from evenbits.tiny import ModelKind, tiny_model, tiny_text, tiny_tokens
+
+__all__ = ["ModelKind", "check_compressor", "tiny_model", "tiny_text", "tiny_tokens"]
 
 # one that any method should take, then: short last groups, a width of 4 x 43, fewer rows than a tile, one row
 SHAPES = ((64, 128), (24, 40), (16, 172), (7, 16), (1, 33))
@@ -48,7 +51,6 @@ BUDGETS = (1.0, 2.0, 3.0, 4.0, 8.0)
 ALL_BUT_FIRST = SHAPES[1:]
 OUTLIER = 1e4
 ROUNDS_TO_ZERO = 1e-6
-ModelKind = Literal["llama", "gpt2", "qwen3", "opt"]
 
 
 # -- what the checks run on ----------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def check_fit(descriptor: Compressor, budgets: Sequence[float] = BUDGETS) -> lis
     chosen = []
     for on in ("linear", "model"):
         for centre in budgets:
-            budget = BitBudget(centre, default_window(centre), on)  # type: ignore[arg-type]
+            budget = BitBudget(centre, default_window(centre), on)
             found = descriptor.fit(budget, shapes, {})
             if isinstance(found, Refusal):
                 assert found.reason, f"{descriptor.name}: fit refuses {budget} without a reason"
@@ -390,16 +392,18 @@ def check_model(descriptor: Compressor, options: Options, folder: Path, *, exact
         torch.rand(3)  # the second run starts from another global state
     first, second = manifests
     assert first.files == second.files, f"{descriptor.name}: two runs of one seed store different files"
-    if first.model_form == "whole":
-        return
     shapes = read_inventory(base).shapes("float32")
     artifact = Artifact(folder / "first")
     count = sum(packed.nbytes for _, packed in artifact.packed()) + (artifact.shared.nbytes if artifact.shared else 0)
+    if first.model_form == "whole":
+        tensors = artifact.whole()
+        count = sum(tensors[name].numel() * tensors[name].element_size() for name in first.whole)
     predicted = descriptor.predict(options, shapes).linear_bytes
     right = count == predicted if exact else count <= predicted
     assert right, f"{descriptor.name}: predict says {predicted} bytes for a model, stored are {count}"
     compressor = descriptor.make(options)
-    assert isinstance(compressor, LayerCompressor)
+    if not isinstance(compressor, LayerCompressor):
+        return
     model = build_model(folder / "first", restore_state(artifact, compressor), "float32")
     with torch.no_grad():
         logits = model(input_ids=tokens[:1]).logits
@@ -458,131 +462,8 @@ def _refuses(descriptor: Compressor, options: Options, case: Case) -> bool:
     try:
         run_case(descriptor, options, case)
     except TrialFailed as error:
-        assert str(error), f"{descriptor.name}: TrialFailed without a reason: name the layer and what is wrong with it"
-        return True
-    return False
-
-
-# -- tiny models ---------------------------------------------------------------------------------------------
-
-_WORDS = [
-    "the",
-    "a",
-    "one",
-    "two",
-    "red",
-    "blue",
-    "small",
-    "old",
-    "happy",
-    "quiet",
-    "dog",
-    "cat",
-    "bird",
-    "tree",
-    "house",
-    "river",
-    "friend",
-    "story",
-    "saw",
-    "found",
-    "likes",
-    "made",
-    "took",
-    "gave",
-    "and",
-    "then",
-    "but",
-    "so",
-    "there",
-    "here",
-    "today",
-    "again",
-    ".",
-]
-
-
-def tiny_text(words: int = 2000, seed: int = 0) -> str:
-    """Made-up sentences over 36 words, a few of them likelier after each other, so that there is something to learn."""
-    draw = random.Random(seed)
-    follows = {word: draw.sample(_WORDS, 4) for word in _WORDS}
-    word, text = "the", []
-    for _ in range(words):
-        word = draw.choice(follows[word]) if draw.random() < 0.8 else draw.choice(_WORDS)
-        text.append(word)
-    return " ".join(text)
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: i for i, word in enumerate(("<unk>", "<s>", "</s>", *_WORDS))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def tiny_model(
-    folder: Path,
-    architecture: ModelKind = "llama",
-    seed: int = 0,
-    *,
-    dtype: str = "float32",
-    tied: bool = False,
-    blocks: int = 2,
-    hidden: int = 48,
-    intermediate: int = 88,
-) -> Path:
-    """Write a random model with its tokenizer to `folder`, and return it; no download.
-
-    Weights have deviation 0.15, so that logits depend on every layer; norms and biases are random too.
-    """
-    import transformers
-
-    tokenizer = _tokenizer()
-    shared = {
-        "vocab_size": len(tokenizer), "tie_word_embeddings": tied, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": None, "initializer_range": 0.15,
-    }  # fmt: skip
-    wide = {
-        "hidden_size": hidden,
-        "num_attention_heads": 4,
-        "num_hidden_layers": blocks,
-        "max_position_embeddings": 128,
-    }
-    config: Any
-    if architecture == "llama":
-        config = transformers.LlamaConfig(**shared, **wide, intermediate_size=intermediate, num_key_value_heads=2)
-    elif architecture == "qwen3":
-        config = transformers.Qwen3Config(
-            **shared, **wide, intermediate_size=intermediate, num_key_value_heads=2, head_dim=16
-        )
-    elif architecture == "opt":
-        del shared["initializer_range"]
-        config = transformers.OPTConfig(
-            **shared, **wide, ffn_dim=intermediate, word_embed_proj_dim=hidden, init_std=0.15, dropout=0.0
-        )
+        reason = str(error)
     else:
-        config = transformers.GPT2Config(
-            **shared, n_embd=hidden, n_head=4, n_layer=blocks, n_positions=128, n_inner=intermediate
-        )
-    with guarded_randomness(seed):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(0.1 * torch.randn(parameter.shape))
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def tiny_tokens(folder: Path, samples: int = 8, length: int = 32, seed: int = 0) -> Tensor:
-    """(samples, length) int64 token ids of `tiny_text`."""
-    from evenbits.models import load_tokenizer
-
-    ids = load_tokenizer(folder)(tiny_text(samples * length, seed))["input_ids"][: samples * length]
-    return torch.tensor(ids, dtype=torch.long).view(samples, length)
+        return False
+    assert reason, f"{descriptor.name}: TrialFailed without a reason: name the layer and what is wrong with it"
+    return True

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evenbits.budget import BitBudget
 from evenbits.compressor import (
+    Block,
+    BlockCompressor,
+    BlockResult,
     Compressor,
     Estimate,
     Layer,
@@ -24,6 +27,8 @@ from evenbits.compressor import (
     Refusal,
     Role,
     Shared,
+    TensorReader,
+    TensorWriter,
 )
 from evenbits.plugins import load_plugins
 from evenbits.testing import check_compressor, check_tunable, make_case
@@ -200,7 +205,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("zero goes up", {"make": lambda options: ZeroGoesUp()}, "all-zero weight restores"),
     ("meta is no JSON", {"make": lambda options: TupleMeta()}, "meta must be plain JSON"),
     ("undocumented", {"options": Undocumented, "fit": lambda b, s, f: fit_byte(b, s, f) and Undocumented()}, "descr"),
-    ("fits everything", {"fit": fit_too_much}, "fit chose 8.0000 bits for 2"),
+    ("fits everything", {"fit": fit_too_much}, "fit chose 8.0000 bits for "),
     ("refuses mutely", {"fit": fit_mute}, "without a reason"),
     ("predicts less", {"predict": predict_less}, "predict says"),
 ]
@@ -216,3 +221,50 @@ def test_a_detached_restore_is_caught() -> None:
     broken = descriptor(lambda options: Detached(), predict=predict_half)
     with pytest.raises(AssertionError, match="not differentiable"):
         check_tunable(broken, HalfOptions(), make_case(8, 16))
+
+
+class ByteBlock(BlockCompressor):
+    """Byte by block, and a changed norm."""
+
+    def compress_block(
+        self,
+        block: Block,
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        shared: Shared | None,
+        generator: torch.Generator,
+    ) -> BlockResult:
+        packed = {}
+        for layer in block.layers:
+            weight = block.module.get_parameter(f"{layer.shape.kind}.weight").detach()
+            packed[layer.name] = Byte().compress(weight, layer, None, generator)
+        norm = block.module.get_parameter("input_layernorm.weight").detach() * 1.01
+        return BlockResult(packed, {f"model.layers.{block.index}.input_layernorm.weight": norm})
+
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        return Byte().restore(packed, layer, shared)
+
+
+class ByteWhole:
+    """A model compressor: linear weights as bytes, the rest as it is."""
+
+    def compress(
+        self, model: nn.Module, calibration: Tensor | None, writer: TensorWriter, generator: torch.Generator
+    ) -> None:
+        for name, tensor in model.named_parameters():
+            if ".layers." in name and tensor.dim() == 2:
+                writer.write(name, (127 * tensor).to(torch.int8), Role.CODE, weights=tensor.numel())
+            else:
+                writer.write(name, tensor, Role.KEPT)
+
+    def restore(self, reader: TensorReader) -> nn.Module:
+        raise NotImplementedError
+
+
+def test_block_and_model_compressors_go_through_the_driver() -> None:
+    assert check_compressor(descriptor(lambda options: ByteBlock())) == []
+    assert check_compressor(replace(descriptor(), make=lambda options: ByteWhole())) == []
+    with pytest.raises(AssertionError, match="predict says"):
+        check_compressor(descriptor(lambda options: ByteBlock(), predict=predict_less))
+    with pytest.raises(AssertionError, match="predict says"):
+        check_compressor(replace(descriptor(predict=predict_less), make=lambda options: ByteWhole()))

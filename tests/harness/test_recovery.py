@@ -41,7 +41,7 @@ from evenbits.subject import restore_state
 from evenbits.testing import compress_model, tiny_model, tiny_tokens
 
 RTN = load_plugins().compressors["rtn"].value
-OPTIONS = RTN.options(bits=2, group_size=16)
+OPTIONS = RTN.options.model_validate({"bits": 2, "group_size": 16})
 CPU = torch.device("cpu")
 NORM = {"llama": "model.layers.1.post_attention_layernorm.weight", "gpt2": "transformer.h.1.ln_2.weight"}
 LAYER = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}
@@ -63,7 +63,7 @@ class Tune:
 
     def recover(self, work: TunableModel, generator: torch.Generator) -> None:
         dense = work.dense()
-        trained = list(work.parameters.values()) if self.scales else []
+        trained: list[Tensor] = list(work.parameters.values()) if self.scales else []
         if self.norm:
             trained.append(work.rest()[self.norm].requires_grad_())
         if self.adapter:
@@ -79,11 +79,17 @@ class Tune:
             optimiser.step()
 
 
+def rtn() -> LayerCompressor:
+    made = RTN.make(OPTIONS)
+    assert isinstance(made, LayerCompressor)
+    return made
+
+
 def run_stage(
     stage: Any, before: Path, after: Path, base: Path, tokens: Tensor, compressor: LayerCompressor | None = None
 ) -> Manifest:
     work = RecoveryWork(
-        Artifact(before), compressor or RTN.make(OPTIONS), stage, "toy", base, tokens, 0, CPU
+        Artifact(before), compressor or rtn(), stage, "toy", base, tokens, 0, CPU
     )  # fmt: skip
     with ArtifactWriter(after) as writer:
         return recover(work, writer, {"key": "1" * 16, "recovery": ({"name": "toy", "options": {}},)})
@@ -96,7 +102,11 @@ def test_a_stage_brings_the_model_nearer_to_dense(tmp_path: Path, architecture: 
     before = compress_model(RTN, OPTIONS, base, tmp_path / "before")
     stage = Tune(norm=NORM[architecture], adapter=LAYER[architecture])
     after = run_stage(stage, tmp_path / "before", tmp_path / "after", base, tokens)
-    dense, compressed, recovered = open_model(base, "float32", "cpu"), load(tmp_path / "before"), load(tmp_path / "after")
+    dense, compressed, recovered = (
+        open_model(base, "float32", "cpu"),
+        load(tmp_path / "before"),
+        load(tmp_path / "after"),
+    )
     first, second = (float(divergence(dense, model, tokens)) for model in (compressed, recovered))
     assert second < 0.5 * first
     # what it trained was stored, in the dtypes of before; what it did not train is as it was
@@ -112,7 +122,9 @@ def test_a_stage_brings_the_model_nearer_to_dense(tmp_path: Path, architecture: 
         assert not torch.equal(one.tensors["scale"], other.tensors["scale"])
     rest_before, rest_after = Artifact(tmp_path / "before").rest(), Artifact(tmp_path / "after").rest()
     assert rest_before.keys() == rest_after.keys()
-    assert {name for name in rest_before if not torch.equal(rest_before[name], rest_after[name])} == {NORM[architecture]}
+    assert {name for name in rest_before if not torch.equal(rest_before[name], rest_after[name])} == {
+        NORM[architecture]
+    }
     assert {layer.name: layer.error for layer in after.layers} != {layer.name: layer.error for layer in before.layers}
 
 
@@ -297,3 +309,12 @@ def test_descriptors_predict_what_is_billed(tmp_path: Path) -> None:
     facts = plan_model(ModelSource("tiny", base, "none"), "float32").facts
     ledger = measure_bits(tmp_path / "after", facts)
     assert ledger.roles["adapter"] == found.predict(Options(), shapes)[Role.ADAPTER]
+
+
+def test_an_adapter_is_not_lost_to_a_second_one(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base")
+    tokens = tiny_tokens(base, 2, 16)
+    compress_model(RTN, OPTIONS, base, tmp_path / "0")
+    run_stage(Tune(adapter=LAYER["llama"]), tmp_path / "0", tmp_path / "1", base, tokens)
+    with pytest.raises(TrialFailed, match=r"has an adapter from a stage before"):
+        run_stage(Tune(adapter=LAYER["llama"]), tmp_path / "1", tmp_path / "2", base, tokens)

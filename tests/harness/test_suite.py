@@ -1,0 +1,179 @@
+"""Suites with mistakes: one line that names file, line, key and what is near; nothing is run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evenbits.errors import EvenbitsError, SuiteError
+from evenbits.plugins import load_plugins
+from evenbits.suite import Suite, locate, read_suite
+
+BUDGETS = "budgets = [4.5]"
+
+
+def refused(here: Any, text: str, *, plan: bool = False) -> str:
+    """The one line that a suite is refused with."""
+    with pytest.raises(SuiteError) as caught:
+        here.plan(text) if plan else here.read(text)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def line_of(text: str, part: str) -> int:
+    return next(number for number, line in enumerate(text.splitlines(), 1) if part in line)
+
+
+@pytest.mark.parametrize(("old", "new", "at", "said"), [
+    ("samples = 4", "sampels = 4", "sampels", 'calibration.sampels: unknown key; did you mean "samples"?'),
+    ('dtype = "float32"', 'dtipe = "float32"', "dtipe", 'dtipe: unknown key; did you mean "dtype"?'),
+    ("samples = 4", 'samples = "four"', "samples", "calibration.samples: "),
+    ("samples = 4", "samples = 0", "samples", "(got 0)"),
+    ('dtype = "float32"', 'dtype = "float8"', "dtype", "(got 'float8')"),
+    ('"rtn"', '"rtm"', "rtm", "unknown method 'rtm'; did you mean \"rtn\"?"),
+    ('"rtn"', '{ name = "rtn", options.bots = 3 }', "bots", 'options.bots: unknown option; did you mean "bits"?'),
+    ('"rtn"', '{ name = "rtn", options.bits = "x" }', "bits", "options.bits: "),
+    ('"rtn"', '{ name = "rtn", options.bits = 99 }', "bits", "(got 99)"),
+    ('"rtn"', '{ name = "rtn", recovery = ["lara"] }', "lara", "unknown recovery stage 'lara'"),
+    ('name = "perplexity"', 'name = "perplexety"', "perplexety", 'did you mean "perplexity"?'),
+    ("options.context = 32", "options.contxt = 32", "contxt", 'unknown option; did you mean "context"?'),
+    ("budgets = [4.5]", 'budgets = [4.5, "x"]', "budgets", "budgets.1"),
+    ("budgets = [4.5]", "budgets = [{ centre = 1, window = 2 }]", "budgets", "window"),
+    ("budgets = [4.5]", "budgets = [0.04]", "budgets", "window"),
+    ("budgets = [4.5]", "budgets = [4.5]\nseeds = []", "seeds", "seeds: "),
+    ("budgets = [4.5]", 'budgets = [4.5]\nexecutor = "slrum"', "executor", "unknown executor 'slrum'"),
+    ("budgets = [4.5]", "budgets = [4.5]\nplugins.hardwear.x = 1", "hardwear", 'did you mean "hardware"?'),
+    ("budgets = [4.5]", "", "", "no budgets"),
+])  # fmt: skip
+def test_mistakes(here: Any, suites: Any, old: str, new: str, at: str, said: str) -> None:
+    text = suites.text('["rtn"]', top=BUDGETS)
+    assert old in text
+    text = text.replace(old, new, 1)
+    message = refused(here, text)
+    assert said in message
+    path = here.folder / "suite.toml"
+    assert message.startswith(f"{path}:{line_of(text, at)}: " if at else f"{path}: "), message
+
+
+def test_undefined_variable(here: Any, suites: Any) -> None:
+    text = suites.text().replace("samples = 4", 'sampling = "${EVENBITS_NO_SUCH}"')
+    line = line_of(text, "NO_SUCH")
+    assert refused(here, text) == (
+        f"{here.folder / 'suite.toml'}:{line}: calibration.sampling: environment variable EVENBITS_NO_SUCH is not set"
+    )
+
+
+def test_variables_and_defaults(here: Any, suites: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVENBITS_SAMPLING", "crop")
+    text = suites.text().replace("samples = 4", 'sampling = "${EVENBITS_SAMPLING}"')
+    read = here.read(text.replace('name = "tiny"\n', 'name = "${EVENBITS_NO_SUCH:-tiny}"\n', 1))
+    assert (read.name, read.calibration.sampling) == ("tiny", "crop")
+
+
+def test_not_toml_not_text_not_there(here: Any, tmp_path: Path) -> None:
+    assert "not TOML" in refused(here, "name = \n")
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    for file in (path, tmp_path / "none.toml", tmp_path):
+        with pytest.raises(SuiteError, match=str(file)):
+            read_suite(file, load_plugins())
+
+
+def test_line_of_nested_tables() -> None:
+    text = '[[evaluators]]\nname = "a"\n\n[[evaluators]]\nname = "b"\n[evaluators.options]\ncontext = 3\n'
+    assert locate(text, ("evaluators", 0, "name")) == 2
+    assert locate(text, ("evaluators", 1, "name")) == 5
+    assert locate(text, ("evaluators", 1, "options", "context")) == 7
+
+
+def test_the_suites_of_the_repository_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVENBITS_DISABLE", "mlflow")
+    for path in sorted((root / "suites").rglob("*.toml")):
+        suite = read_suite(path, load_plugins())
+        assert isinstance(suite, Suite)
+
+
+# -- models -----------------------------------------------------------------------------------------------------
+
+
+def test_missing_model_folder(here: Any, suites: Any) -> None:
+    message = refused(here, suites.text(model=here.folder / "nowhere"), plan=True)
+    assert str(here.folder / "nowhere") in message
+    assert "does not exist" in message
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(folder: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def test_unknown_architecture(here: Any, suites: Any, own_model: Path) -> None:
+    change_config(own_model, model_type="lama")
+    assert "architecture 'lama' is not understood" in refused(here, suites.text(model=own_model), plan=True)
+
+
+def test_model_without_linear_layers(here: Any, suites: Any, own_model: Path) -> None:
+    change_tensors(own_model, lambda tensors: {k: v for k, v in tensors.items() if "proj" not in k})
+    assert "no linear layer" in refused(here, suites.text(model=own_model), plan=True)
+
+
+def test_weight_that_the_table_does_not_know(here: Any, suites: Any, own_model: Path) -> None:
+    name = "model.layers.1.self_attn.extra.weight"
+    change_tensors(own_model, lambda tensors: {**tensors, name: tensors["lm_head.weight"].clone()})
+    message = refused(here, suites.text(model=own_model), plan=True)
+    assert name in message
+    assert "would stay dense" in message
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "dtype"])
+def test_model_with_broken_files(here: Any, suites: Any, own_model: Path, broken: str) -> None:
+    if broken == "dtype":
+        data = (own_model / "model.safetensors").read_bytes()
+        (own_model / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"F99"'))
+    else:
+        (own_model / broken).write_text("{")
+    assert str(own_model) in refused(here, suites.text(model=own_model), plan=True)
+
+
+def test_model_without_weights(here: Any, suites: Any, own_model: Path) -> None:
+    (own_model / "model.safetensors").unlink()
+    assert "no *.safetensors" in refused(here, suites.text(model=own_model), plan=True)
+
+
+def test_missing_text(here: Any, suites: Any, tiny: Any) -> None:
+    text = suites.text().replace(str(tiny.test), str(here.folder / "none.txt"))
+    with pytest.raises(EvenbitsError, match=r"none\.txt"):
+        here.plan(text)
+
+
+def test_budget_that_nothing_fits(here: Any, suites: Any) -> None:
+    plan = here.plan(suites.text('["nf4", "rtn"]', top="budgets = [{ centre = 3.5, window = 0.1 }]"))
+    assert [trial.label for trial in plan.trials] == ["dense", "rtn"]
+    (skip,) = plan.skips
+    assert skip.reason.startswith("no setting within 3.5 +- 0.1 linear bits; nearest: ")
+    assert set(plan.order) == {trial.id for trial in plan.trials} | {skip.id}
+
+
+def test_method_without_its_calibration(here: Any, suites: Any) -> None:
+    text = suites.text('["gptq"]', top=BUDGETS)
+    start, end = text.index("[calibration]"), text.index("[[evaluators]]")
+    plan = here.plan(text[:start] + text[end:])
+    assert [skip.reason for skip in plan.skips] == ["needs calibration data; give the suite a [calibration] table"]
+
+
+def test_entries_that_are_skipped_for_one_reason(here: Any, suites: Any) -> None:
+    """Each is listed once, however alike they are."""
+    plan = here.plan(suites.text('["nf4", "nf4"]', top="budgets = [{ centre = 3, window = 0.1 }]"))
+    assert len(plan.order) == len(set(plan.order))
+    assert len(plan.skips) == 1

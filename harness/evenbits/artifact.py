@@ -22,7 +22,16 @@ from torch import Tensor
 from evenbits.compressor import PackedLayer, Role, Shared
 from evenbits.errors import ArtifactError
 from evenbits.files import NOT_WEIGHTS, write_atomically
-from evenbits.manifest import ADAPTER_A, ADAPTER_B, MANIFEST, Manifest, StoredFile, StoredLayer, read_manifest
+from evenbits.manifest import (
+    ADAPTER_A,
+    ADAPTER_B,
+    MANIFEST,
+    MANIFEST_DIGEST,
+    Manifest,
+    StoredFile,
+    StoredLayer,
+    read_manifest,
+)
 
 TEMPORARY = ".writing-"
 
@@ -97,7 +106,9 @@ class ArtifactWriter:
     def finish(self, **facts: Any) -> Manifest:
         """Write the manifest and move the folder in place. An artifact already there is kept: same key, same bytes."""
         manifest = Manifest(files=self._files, **facts)
-        write_atomically(self._work / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        text = manifest.model_dump_json(indent=1).encode()
+        write_atomically(self._work / MANIFEST_DIGEST, hashlib.sha256(text).hexdigest().encode())
+        write_atomically(self._work / MANIFEST, text)
         try:
             self._work.replace(self.folder)
         except OSError:

@@ -7,6 +7,7 @@ model stream too, once those are cached. Sequential ones go block by block throu
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -282,6 +283,9 @@ class Driver:
             restored = restore_layer(compressor, packed, layer.shape, self.shared)
         moment = layer.second_moment
         shape = layer.shape
+        error = relative_error(weight, restored)
+        if not math.isfinite(error):
+            raise TrialFailed(f"{shape.name}: an all-zero weight was restored to something else")
         self.writer.add_layer(shape.name, packed)
         self.stored.layers.append(
             StoredLayer(
@@ -294,7 +298,7 @@ class Driver:
                 bias=shape.bias,
                 file="",
                 roles=packed.roles,
-                error=relative_error(weight, restored),
+                error=error,
                 calibrated_error=None if moment is None else calibrated_error(weight, restored, moment),
             )
         )

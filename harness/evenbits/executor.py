@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 Report = Callable[[int, int, str], None]
 PRELOAD = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 WAKE_SECONDS = 0.05
-LINGER_SECONDS = 2.0
 MEMORY_CHECK_SECONDS = 0.2  # a look reads every process of the machine
 GRACE_SECONDS = 5.0  # for a child to end once it has said its last word; a plugin's thread may keep it
 
@@ -209,8 +208,7 @@ class LocalExecutor:
             self._running.discard(child)
             receiver.close()
         child.join(GRACE_SECONDS)
-        if child.is_alive():
-            _kill(child)
+        _kill(child)  # and what it left running
         seconds = time.monotonic() - begun
         if stopped is not None:
             return StageOutcome(None, stopped, seconds, peak)
@@ -310,8 +308,8 @@ class _Memory:
 def _kill(child: Any) -> None:
     """Kill a child with all that it started; it leads a process group of its own once it has begun."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        if os.getpgid(child.pid) == child.pid:
-            os.killpg(child.pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(child.pid, signal.SIGKILL)
-    child.join(5)
+        os.killpg(child.pid, signal.SIGKILL)  # no such group before its setsid, or once all of it has ended
+    if child.is_alive():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(child.pid, signal.SIGKILL)
+        child.join(GRACE_SECONDS)

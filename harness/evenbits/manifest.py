@@ -19,6 +19,7 @@ from evenbits.errors import ArtifactError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
 ADAPTER_A, ADAPTER_B = "adapter_a", "adapter_b"
 
 
@@ -104,14 +105,19 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises ArtifactError when there is none, it is damaged, or its schema is newer than this version's."""
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text())
+        text = path.read_bytes()
     except OSError:
         raise ArtifactError(f"{folder}: not an artifact (no {MANIFEST})") from None
+    try:
+        data = json.loads(text)
     except ValueError as error:
         raise ArtifactError(f"{path}: damaged ({error}); remove the folder and run again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA:
         raise ArtifactError(f"{path}: schema {version} is newer than this evenbits knows ({SCHEMA}); upgrade evenbits")
+    digest = folder / MANIFEST_DIGEST
+    if not digest.is_file() or digest.read_text().strip() != hashlib.sha256(text).hexdigest():
+        raise ArtifactError(f"{path}: differs from its sha256, it was damaged; remove the folder and run again")
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:

@@ -213,7 +213,10 @@ class Planner:
         return {**self.suite.calibration.model_dump(mode="json", exclude={"allowed_overlap"}), "seed": seed}
 
     def _pinned(self, calibration: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        return None if calibration is None else {**calibration, "corpus": self._calibration_text}
+        if calibration is None or self.suite.calibration is None:
+            return None
+        allowed = self.suite.calibration.allowed_overlap
+        return {**calibration, "corpus": self._calibration_text, "allowed_overlap": allowed}
 
     def plan(self, models: Sequence[PlannedModel]) -> Plan:
         for model in models:
@@ -257,7 +260,7 @@ class Planner:
         calibrated = needs.statistics != "none" or bool(recovery)
         if calibrated and self.suite.calibration is None:
             return skip("needs calibration data; give the suite a [calibration] table", method.options)
-        if needs.device == "cuda" and not self.suite.device.startswith("cuda"):
+        if needs.device == "cuda" and self.suite.device == "cpu":
             return skip(f'needs a CUDA device, and the suite asks for "{self.suite.device}"', method.options)
         if needs.environment is not None:
             return skip(f"needs the environment {needs.environment!r}, which evenbits cannot make yet", method.options)

@@ -182,11 +182,26 @@ class Registry:
     @cached_property
     def options(self) -> dict[str, type[Options]]:
         """By plugin, for those that take options of their own."""
-        return {info.name: function() for info, function in self._each("provide_options")}
+        found: dict[str, type[Options]] = {}
+        for info, function in self._each("provide_options"):
+            try:
+                found[info.name] = function()
+            except Exception as error:
+                self.problems.append(f"plugin {info.origin}: provide_options: {_one_line(error)}")
+        return found
 
     def collect_all(self) -> None:
         """Ask every plugin for everything, so that `problems` is complete."""
-        for kind in ("compressors", "recoveries", "evaluators", "profilers", "corpora", "models", "executors"):
+        for kind in (
+            "compressors",
+            "recoveries",
+            "evaluators",
+            "profilers",
+            "corpora",
+            "models",
+            "executors",
+            "options",
+        ):
             getattr(self, kind)
 
     def find(self, kind: str, name: str, what: str) -> Provided[Any]:

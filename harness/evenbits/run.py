@@ -88,6 +88,7 @@ class Run:
         self._artifact_locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         self._announcing = threading.Lock()
+        self._stopping = threading.Event()
 
     def go(self) -> list[Record]:
         """All records in the plan's order. Raises ArtifactError when records cannot be written (a full disk)."""
@@ -112,6 +113,7 @@ class Run:
                 for trial_id, future in futures.items():
                     records[trial_id] = future.result()
             except BaseException:
+                self._stopping.set()
                 for future in futures.values():
                     future.cancel()
                 self.executor.close()
@@ -142,6 +144,8 @@ class Run:
         log = folder / "log.txt"
         stages = _Stages(self, trial, log)
         failure = stages.run()
+        if failure is not None and self._stopping.is_set():
+            raise InterruptedError(f"{trial.title}: stopped by the user")  # its child was killed by us: no failure
         record = Record(
             **_identity(trial),
             status="done" if failure is None else "failed",

@@ -33,9 +33,11 @@ class DigestCache:
         self._known: dict[str, list[object]] = {}
         if path is not None and path.is_file():
             try:
-                self._known = json.loads(path.read_text())
+                known = json.loads(path.read_text())
             except ValueError:
-                self._known = {}  # only a cache: what is unreadable is computed again
+                known = None
+            if isinstance(known, dict):  # only a cache: what is unreadable is computed again
+                self._known = known
 
     def file(self, path: Path) -> str:
         stat = path.stat()

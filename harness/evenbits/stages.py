@@ -5,6 +5,7 @@ The evaluating child sees only the artifact folder, or the dense model's own.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from evenbits import __version__
@@ -84,6 +86,8 @@ def _compress_base(
         options = check_options(descriptor.options, trial.options, f"method {trial.method}")
         compressor = make_compressor(registry(), trial.method, trial.options)
         needs, paper = descriptor.needs_of(options), descriptor.predict(options, model.shapes).paper_bits
+    if needs.device == "cuda" and device.type != "cuda":
+        raise TrialFailed(f"method {trial.method!r} needs a CUDA device, and there is none here")
     done = 0
 
     def advance(weights: int) -> None:
@@ -332,6 +336,14 @@ def run_stage(job: Job, report: Report) -> StageResult:
     except EvenbitsError:
         raise
     except OSError as error:
-        if error.errno == 28:
-            raise TrialFailed(f"{job.stage}: the disk is full ({error}); free some space and run again") from error
+        if error.errno == errno.ENOSPC:
+            raise _disk_full(job, error) from error
         raise
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise _disk_full(job, error) from error
+        raise
+
+
+def _disk_full(job: Job, error: Exception) -> TrialFailed:
+    return TrialFailed(f"{job.stage}: the disk is full ({error}); free some space and run again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from evenbits.artifact import TEMPORARY, Artifact, ArtifactWriter, dense_layer, 
 from evenbits.compressor import Compressor, LayerShape, Options, PackedLayer, Role, Shared
 from evenbits.errors import ArtifactError, SuiteError
 from evenbits.ledger import dense_ledger, measure_bits
-from evenbits.manifest import MANIFEST, SCHEMA, read_manifest
+from evenbits.manifest import MANIFEST, MANIFEST_DIGEST, SCHEMA, read_manifest
 from evenbits.plan import plan_model
 from evenbits.plugins import load_plugins
 from evenbits.sources import ModelSource
@@ -136,7 +137,12 @@ def test_manifests_that_cannot_be_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({**good, "schema_version": SCHEMA + 1}))
     with pytest.raises(ArtifactError, match=r"schema 2 is newer than this evenbits knows \(1\); upgrade"):
         Artifact(tmp_path / "a")
-    path.write_text(json.dumps({k: v for k, v in good.items() if k != "layers"}))
+    path.write_text(json.dumps({**good, "paper_bits": good["paper_bits"] + 1}))
+    with pytest.raises(ArtifactError, match=r"differs from its sha256"):
+        Artifact(tmp_path / "a")
+    lacking = json.dumps({k: v for k, v in good.items() if k != "layers"}).encode()
+    path.write_bytes(lacking)
+    (tmp_path / "a" / MANIFEST_DIGEST).write_text(hashlib.sha256(lacking).hexdigest())
     with pytest.raises(ArtifactError, match=r"layers: Field required"):
         Artifact(tmp_path / "a")
     path.write_text("{")

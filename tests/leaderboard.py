@@ -45,7 +45,8 @@ def main() -> None:
     shutil.copyfile(plot, FOLDER / f"{name}.png")
     readme = ROOT / "README.md"
     section = (
-        f"<!-- leaderboard -->\n{facts['description']} (`{suite}`, [the whole report](results/leaderboard/{name}.md)):\n\n"
+        f"<!-- leaderboard -->\n{facts['description']} (`{suite}`, "
+        f"[the whole report](results/leaderboard/{name}.md)):\n\n"
         f"{quality_table(report)}\n\n![{plot.stem}](results/leaderboard/{name}.png)\n\n"
         "`*` best at its budget; `~` not distinguishable from it; `-` another is better at no more bits.\n"
         "<!-- /leaderboard -->"

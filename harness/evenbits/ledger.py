@@ -6,12 +6,11 @@ which stands beside the rest as `paper` bits.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from evenbits.compressor import Role
 from evenbits.manifest import ADAPTER_A, ADAPTER_B, Manifest, read_manifest
-from evenbits.record import Bits, Ledger, ModelFacts
+from evenbits.record import Bits, LayerFacts, Ledger, ModelFacts
 from evenbits.shapes import read_header
 
 
@@ -63,9 +62,7 @@ def measure_bits(folder: Path, model: ModelFacts) -> Ledger:
     total_payload = sum(sum(file.values()) for file in sizes.values())
     model_bytes = sum(stored.bytes for name, stored in manifest.files.items() if name.endswith(".safetensors"))
     dense = tuple(layer.name for layer in manifest.layers if layer.left_dense)
-    dense_weights = sum(
-        math.prod((layer.out_features, layer.in_features)) for layer in manifest.layers if layer.left_dense
-    )
+    dense_weights = sum(layer.shape.weights for layer in manifest.layers if layer.left_dense)
     compressed = model.linear_weights - dense_weights
     return Ledger(
         bits=Bits(
@@ -81,6 +78,21 @@ def measure_bits(folder: Path, model: ModelFacts) -> Ledger:
         ratios=ratios(linear_bytes, model_bytes, model),
         compressed_weights=compressed,
         left_dense=dense,
+    )
+
+
+def measure_layers(folder: Path) -> tuple[LayerFacts, ...]:
+    """Bits of each layer by its own bytes, and the errors that its manifest keeps."""
+    manifest = read_manifest(folder)
+    sizes = _payloads(folder, manifest)
+    return tuple(
+        LayerFacts(
+            name=layer.name,
+            bits=8 * sum(sizes[layer.file][f"{layer.name}/{tensor}"] for tensor in layer.roles) / layer.shape.weights,
+            error=layer.error,
+            calibrated_error=layer.calibrated_error,
+        )
+        for layer in manifest.layers
     )
 
 

@@ -26,7 +26,7 @@ from evenbits.compressor import Needs, Recovery
 from evenbits.driver import Driver, Work
 from evenbits.errors import EvenbitsError, TrialFailed
 from evenbits.job import Job, StageResult
-from evenbits.ledger import dense_ledger, measure_bits
+from evenbits.ledger import dense_ledger, measure_bits, measure_layers
 from evenbits.manifest import MANIFEST
 from evenbits.measure import Measurement, fingerprint_id
 from evenbits.models import guarded_randomness, torch_dtype
@@ -35,7 +35,6 @@ from evenbits.plugins import Registry, load_plugins
 from evenbits.provenance import source_digest
 from evenbits.record import LayerFacts, Ledger, MetricFacts
 from evenbits.recovery import LeaveDense, RecoveryWork, recover
-from evenbits.shapes import read_header
 from evenbits.subject import MeasuredModel, choose_device, make_compressor
 from evenbits.suite import check_options
 from evenbits.tokens import calibration_tokens
@@ -190,28 +189,8 @@ def account(job: Job) -> tuple[Ledger, tuple[LayerFacts, ...]]:
     folder = job.artifact_folder
     if folder is None:
         return dense_ledger(job.trial.model.facts), ()
-    manifest = Artifact(folder).manifest
-    return measure_bits(folder, job.trial.model.facts), tuple(
-        LayerFacts(
-            name=layer.name,
-            bits=bits,
-            error=layer.error,
-            calibrated_error=layer.calibrated_error,
-        )
-        for layer, bits in _layer_bits(folder, manifest)
-    )
-
-
-def _layer_bits(folder: Path, manifest: Any) -> list[tuple[Any, float]]:
-    headers: dict[str, dict[str, Any]] = {layer.file: {} for layer in manifest.layers}
-    for file in headers:
-        headers[file] = read_header(folder / file)
-    found = []
-    for layer in manifest.layers:
-        spans = [headers[layer.file][f"{layer.name}/{key}"]["data_offsets"] for key in layer.roles]
-        count = sum(end - start for start, end in spans)
-        found.append((layer, 8 * count / (layer.out_features * layer.in_features)))
-    return found
+    Artifact(folder)  # every hash is checked before anything is billed
+    return measure_bits(folder, job.trial.model.facts), measure_layers(folder)
 
 
 def _subject(job: Job, report: Report) -> tuple[MeasuredModel, Ledger, tuple[LayerFacts, ...]]:
@@ -223,7 +202,6 @@ def _subject(job: Job, report: Report) -> tuple[MeasuredModel, Ledger, tuple[Lay
         "model": model.facts.name,
         "revision": model.facts.revision,
         "dtype": model.dtype,
-        "attention": "sdpa",
         "kernel": "dense-restored",
         "device": device.type,
         "torch": torch.__version__,
@@ -236,7 +214,7 @@ def _subject(job: Job, report: Report) -> tuple[MeasuredModel, Ledger, tuple[Lay
         dtype=model.dtype,
         device=device,
         seed=trial.seed,
-        facts=facts,
+        base_facts=facts,
         sizes={
             "linear": ledger.linear_bytes,
             "model": ledger.model_bytes,

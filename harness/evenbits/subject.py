@@ -103,13 +103,19 @@ class MeasuredModel:
     dtype: str
     device: torch.device
     seed: int
-    facts: Mapping[str, Any]
+    base_facts: Mapping[str, Any]
     sizes: Mapping[str, int] = field(default_factory=dict)
     compress_peak_bytes: int | None = None
     compress_seconds: float | None = None
     trust_remote_code: bool = False
     report: Callable[[int, int, str], None] = lambda done, total, what: None
     _opened: tuple[nn.Module, Any] | None = None
+    _attention: str | None = None
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What belongs in every fingerprint; the attention implementation is known once the model is open."""
+        return {**self.base_facts, "attention": self._attention}
 
     def load(self) -> tuple[nn.Module, Any]:
         if self.artifact:
@@ -122,6 +128,7 @@ class MeasuredModel:
                 trust_remote_code=self.trust_remote_code,
                 loader=self.registry.load_model,
             )
+        self._attention = getattr(model.config, "_attn_implementation", None)
         return model, load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     def _once(self) -> tuple[nn.Module, Any]:

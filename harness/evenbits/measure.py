@@ -14,7 +14,6 @@ from evenbits.compressor import Options
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import nn
 
 Better = Literal["lower", "higher"]
 
@@ -44,17 +43,18 @@ class Measurement:
     volatile: bool = False
 
 
-class Subject(Protocol):
-    """The restored model as an evaluator sees it."""
+class _Stored(Protocol):
+    """What evaluators and profilers both know of what was stored."""
 
-    model: nn.Module
-    tokenizer: Any
-    device: torch.device
-    seed: int
-    facts: Mapping[str, Any]  # model, dtype, attention, kernel: belong in every fingerprint
+    @property
+    def device(self) -> torch.device: ...
 
-    def corpus(self, reference: Mapping[str, Any]) -> Text:
-        """Open a corpus named in the evaluator's options: {"name": ..., other keys are the corpus's options}."""
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Model, dtype, attention, kernel, library versions: they belong in every fingerprint."""
         ...
 
     def progress(self, total: int, what: str) -> Callable[[int], None]:
@@ -62,21 +62,39 @@ class Subject(Protocol):
         ...
 
 
-class ProfileSubject(Protocol):
-    """What a profiler sees: it opens the model itself, so that loading can be measured."""
+class Subject(_Stored, Protocol):
+    """The restored model as an evaluator sees it."""
 
-    device: torch.device
-    seed: int
-    facts: Mapping[str, Any]
-    sizes: Mapping[str, int]  # bytes on disk: linear, model, and the dense model's
-    compress_peak_bytes: int | None  # of the compress stage, None for the dense model
-    compress_seconds: float | None
+    @property
+    def model(self) -> Any: ...
 
-    def load(self) -> tuple[nn.Module, Any]:
-        """Restore the model and its tokenizer from what is stored."""
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def corpus(self, reference: Mapping[str, Any]) -> Text:
+        """Open a corpus named in the evaluator's options: {"name": ..., other keys are the corpus's options}."""
         ...
 
-    def progress(self, total: int, what: str) -> Callable[[int], None]: ...
+
+class ProfileSubject(_Stored, Protocol):
+    """What a profiler sees: it opens the model itself, so that loading can be measured.
+
+    sizes: bytes on disk, "linear" and "model", and the dense model's as "dense_linear" and "dense_model".
+    compress_peak_bytes, compress_seconds: of the compress stage, None for the dense model.
+    """
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+
+    @property
+    def compress_peak_bytes(self) -> int | None: ...
+
+    @property
+    def compress_seconds(self) -> float | None: ...
+
+    def load(self) -> tuple[Any, Any]:
+        """Restore the model and its tokenizer from what is stored."""
+        ...
 
 
 class EvaluatorStage(Protocol):

@@ -42,7 +42,7 @@ class LmEvalEvaluator:
                 items = np.array([float(sample[metric]) for sample in samples])
                 measurements.append(_accuracy(f"{task}_{metric}", items, {**protocol, "metric": metric}))
         if self.options.mean is not None:
-            measurements.append(self._mean(measurements))
+            return [self._mean(measurements), *measurements]  # what papers compare comes first
         return measurements
 
     def _run(self, subject: Subject) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import inspect
+import importlib.util
 import os
 import re
 import subprocess
@@ -35,22 +35,33 @@ def fences(language: str) -> list[tuple[str, str]]:
     return [(name, block) for name in DOCUMENTS for block in pattern.findall((ROOT / name).read_text())]
 
 
-def hook_lines() -> str:
-    lines = []
-    for name in hookspecs.HOOKS:
-        signature = str(inspect.signature(getattr(hookspecs, name))).replace("'", "")
-        lines.append(f"- `{name}{signature}`: {' '.join(str(getattr(hookspecs, name).__doc__).split())}")
-    return "\n".join(lines) + "\n"
-
-
 @pytest.fixture(scope="module")
 def registry() -> Registry:
     return load_plugins()
 
 
+def script(name: str) -> Any:
+    """A module of tests/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reading_order_counts_its_lines() -> None:
+    documents = script("documents")
+    found = dict(re.findall(r"^\| \[`(\w+)`\]\([^)]*\) \| (\d+) \|", section("CONTRIBUTING.md", "reading-order"), re.M))
+    assert found.keys() == documents.READING.keys()
+    for module, lines in found.items():
+        actual = documents.count_lines(module)
+        assert abs(int(lines) - actual) <= 0.2 * actual, f"{module}: run python tests/documents.py"
+
+
 def test_every_hook_stands_in_the_docs_with_its_arguments() -> None:
-    expected = hook_lines()
-    assert section("CONTRIBUTING.md", "hooks") == expected, f"the section should read:\n{expected}"
+    expected = script("documents").hook_lines()
+    assert section("CONTRIBUTING.md", "hooks") == expected, "run python tests/documents.py"
 
 
 def test_every_hook_says_what_for() -> None:

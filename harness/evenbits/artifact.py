@@ -109,11 +109,9 @@ class ArtifactWriter:
         text = manifest.model_dump_json(indent=1).encode()
         write_atomically(self._work / MANIFEST_DIGEST, hashlib.sha256(text).hexdigest().encode())
         write_atomically(self._work / MANIFEST, text)
-        try:
+        if not (self.folder / MANIFEST).is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)  # a folder that lost its manifest is no artifact
             self._work.replace(self.folder)
-        except OSError:
-            if not (self.folder / MANIFEST).is_file():
-                raise
         return manifest
 
 

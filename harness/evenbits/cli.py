@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sys
 import tomllib
 from enum import StrEnum
@@ -66,9 +67,13 @@ def _suite_name(suite: Path) -> str:
         name = tomllib.loads(suite.read_text())["name"]
     except OSError as error:
         raise SuiteError(f"{suite}: cannot be read ({error.strerror}); give the path of a suite (*.toml)") from None
-    except (tomllib.TOMLDecodeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise SuiteError(f"{suite}: not a suite: {error}") from None
-    return str(name)
+    from evenbits.suite import SUITE_NAME
+
+    if not isinstance(name, str) or not re.fullmatch(SUITE_NAME, name):
+        raise SuiteError(f"{suite}: name {name!r} is not a suite's name")
+    return name
 
 
 @app.command()
@@ -146,10 +151,21 @@ def plan(suite: SuitePath, model: ModelOption = None, results: ResultsOption = D
     for skip in made.skips:
         budget = f" @ {skip.budget.centre:g}" if skip.budget else ""
         out.print(f"skip {skip.model.facts.name} {skip.label}{budget}: {escape(skip.reason)}", soft_wrap=True)
-    known = sum(store.record(read.name, trial.id) is not None for trial in made.trials) if store.root.is_dir() else 0
+    known = sum(_is_done(store, read.name, trial.id) for trial in made.trials) if store.root.is_dir() else 0
     out.print(f"{len(made.trials)} trials ({known} already recorded), {len(made.skips)} skipped")
     memory = max((trial.model.facts.model_bytes for trial in made.trials), default=0)
     out.print(f"largest model: {memory:,} bytes in memory when dense")
+
+
+def _is_done(store: Any, suite: str, trial: str) -> bool:
+    """Whether a run would keep the trial's record: failed and damaged ones are tried again."""
+    from evenbits.errors import ArtifactError
+
+    try:
+        record = store.record(suite, trial)
+    except ArtifactError:
+        return False
+    return record is not None and record.status == "done"
 
 
 def _planned(trial: Any) -> tuple[str, ...]:

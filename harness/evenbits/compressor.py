@@ -6,6 +6,7 @@ Three forms, the smallest that fits: `LayerCompressor`, `BlockCompressor`, `Mode
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -33,6 +34,7 @@ class Role(StrEnum):
     KEPT = "kept"
     ADAPTER = "adapter"
     DENSE = "dense"
+    META = "meta"  # small facts in a file's header; billed like all else
 
 
 class Options(BaseModel):
@@ -133,11 +135,16 @@ class Needs:
     environment: str | None = None
 
 
+def meta_bytes(meta: Mapping[str, Any]) -> int:
+    """Bytes of a layer's meta as JSON, 0 where there is none."""
+    return len(json.dumps(meta, sort_keys=True).encode()) if meta else 0
+
+
 @dataclass
 class PackedLayer:
     """What is stored for one layer, or for what layers share: tensors with the role each is billed under.
 
-    meta: small JSON facts that `restore` needs; kept in the file's header, so billed in model bits.
+    meta: small JSON facts that `restore` needs; kept in the file's header, and billed as they are written there.
     """
 
     tensors: dict[str, Tensor]
@@ -151,7 +158,7 @@ class PackedLayer:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+        return sum(t.numel() * t.element_size() for t in self.tensors.values()) + meta_bytes(self.meta)
 
 
 Shared = PackedLayer
@@ -245,8 +252,9 @@ class BlockCompressor(LayerCompressor):
 class TensorWriter(Protocol):
     """Where a model compressor puts what it stores."""
 
-    def write(self, name: str, tensor: Tensor, role: Role, *, weights: int = 0) -> None:
-        """`weights`: how many linear weights of the dense model this tensor stands for."""
+    def write(self, name: str, tensor: Tensor, role: Role | None, *, weights: int = 0) -> None:
+        """role: what it is billed under; None for what is no part of the linear layers (embeddings, norms).
+        weights: how many linear weights of the dense model it stands for; over all tensors they must be all."""
         ...
 
     def meta(self, facts: Mapping[str, Any]) -> None: ...

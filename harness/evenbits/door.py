@@ -21,6 +21,8 @@ from evenbits.record import Bits
 from evenbits.subject import choose_device, load_artifact
 from evenbits.suite import check_options
 
+ASYMMETRY = 1e-4  # of a second moment, relative to its largest entry: what float32 sums in another order leave
+
 
 @dataclass(frozen=True)
 class CompressedWeight:
@@ -63,23 +65,45 @@ class _Survey:
         return moment
 
 
-def _moments_of(given: Tensor | Sequence[Tensor] | None, count: int) -> list[Tensor | None]:
-    if given is None:
-        return [None] * count
-    found: list[Tensor | None] = [given] if isinstance(given, Tensor) else list(given)
-    if len(found) != count:
-        raise ValueError(f"{len(found)} second moment(s) for {count} weight(s)")
+def _tensors(given: Tensor | Sequence[Tensor], what: str) -> list[Tensor]:
+    found = [given] if isinstance(given, Tensor) or not isinstance(given, Sequence) else list(given)
+    for index, tensor in enumerate(found):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{what} {index} must be a torch tensor, not {type(tensor).__name__}")
     return found
 
 
-def _check(weight: Tensor, moment: Tensor | None, index: int) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
+def _moments_of(given: Tensor | Sequence[Tensor] | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    if given is None:
+        return [None] * len(weights)
+    found = _tensors(given, "second moment")
+    if len(found) != len(weights):
+        raise ValueError(f"{len(found)} second moment(s) for {len(weights)} weight(s)")
+    return [
+        _checked_moment(moment, matrix.shape[1], i)
+        for i, (moment, matrix) in enumerate(zip(found, weights, strict=True))
+    ]
+
+
+def _checked_weight(weight: Tensor, index: int) -> Tensor:
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"weight {index} must be a float matrix (out, in), not {tuple(weight.shape)} {weight.dtype}")
-    if not bool(torch.isfinite(weight).all()):
-        raise TrialFailed(f"weight {index} is not finite; it cannot be compressed")
-    columns = weight.shape[1]
-    if moment is not None and tuple(moment.shape) != (columns, columns):
-        raise ValueError(f"second moment {index} must be {(columns, columns)}, not {tuple(moment.shape)}")
+    weight = weight.detach().to(torch.float32)
+    if not bool(torch.isfinite(weight).all()):  # after the cast: float64 holds numbers that float32 does not
+        raise TrialFailed(f"weight {index} is not finite in float32; it cannot be compressed")
+    return weight
+
+
+def _checked_moment(moment: Tensor, columns: int, index: int) -> Tensor:
+    if tuple(moment.shape) != (columns, columns) or not moment.is_floating_point():
+        shape = f"{tuple(moment.shape)} {moment.dtype}"
+        raise ValueError(f"second moment {index} must be a float matrix {(columns, columns)}, not {shape}")
+    moment = moment.detach().to(torch.float32)
+    if not bool(torch.isfinite(moment).all()):
+        raise ValueError(f"second moment {index} is not finite in float32")
+    if float((moment - moment.T).abs().max()) > ASYMMETRY * float(moment.abs().max()):
+        raise ValueError(f"second moment {index} is not symmetric, as a mean of x x^T is")
+    return moment
 
 
 @overload
@@ -118,16 +142,15 @@ def compress_weight(
     second_moment: (in, in) mean of x x^T over the inputs x, one for each weight.
 
     Raises SuiteError for an unknown method or option and for a budget that no setting meets, ValueError for wrong
-    shapes, TrialFailed when the method needs what was not given.
+    shapes, a second moment that is none or a seed outside 0..2^63 - 1, TrialFailed when a weight is not finite or the
+    method needs what was not given.
     """
-    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, not {seed!r}")
+    weights = [_checked_weight(matrix, index) for index, matrix in enumerate(_tensors(weight, "weight"))]
     if not weights:
         raise ValueError("give at least one weight")
-    moments = _moments_of(second_moment, len(weights))
-    for index, (matrix, moment) in enumerate(zip(weights, moments, strict=True)):
-        _check(matrix, moment, index)
-    weights = [matrix.detach().to(torch.float32) for matrix in weights]
-    moments = [None if moment is None else moment.to(torch.float32) for moment in moments]
+    moments = _moments_of(second_moment, weights)
     descriptor = load_plugins().find("compressors", method, "method").value
     shapes = _shapes_of(weights)
     chosen = _choose(descriptor, budget, shapes, options or {})
@@ -183,9 +206,10 @@ def _budget_of(budget: float | BitBudget | None) -> BitBudget | None:
 
 
 def _choose(descriptor: Any, budget: float | BitBudget | None, shapes: ModelShapes, options: Mapping[str, Any]) -> Any:
+    checked = check_options(descriptor.options, options, f"method {descriptor.name}: options")
     window = _budget_of(budget)
     if window is None:
-        return check_options(descriptor.options, options, f"method {descriptor.name}: options")
+        return checked
     fitted = descriptor.fit(window, shapes, options)
     if isinstance(fitted, Refusal):
         raise SuiteError(f"method {descriptor.name}: {fitted.reason}")

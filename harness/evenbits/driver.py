@@ -129,7 +129,7 @@ class Driver:
         if self._model is None:
             work = self.work
             self._model = open_model(
-                work.model_folder, work.dtype, work.device, trust_remote_code=work.trust_remote_code, loader=work.loader
+                work.model_folder, work.dtype, work.device, trust_remote_code=work.trust_remote_code
             )
             check_coverage(self._model, self.inventory)
         return self._model
@@ -345,10 +345,12 @@ class _WholeWriter:
         self.facts: dict[str, Any] = {}
         self.weights = 0
 
-    def write(self, name: str, tensor: Tensor, role: Role, *, weights: int = 0) -> None:
-        """Only tensors that stand for linear weights are billed in linear bits; the others are the model's rest."""
+    def write(self, name: str, tensor: Tensor, role: Role | None, *, weights: int = 0) -> None:
+        """Whatever has a role is billed in linear bits, also scales and masks that stand for no weight of their own."""
+        if role is None and weights:
+            raise TrialFailed(f"{name}: stands for {weights} linear weights, so it needs a role to be billed under")
         self.tensors[name] = tensor
-        if weights:
+        if role is not None:
             self.roles[name] = role
         self.weights += weights
 

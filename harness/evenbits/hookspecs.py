@@ -78,7 +78,8 @@ def provide_options() -> type[Options]:
 
 @hookspec(firstresult=True)
 def load_model(path: Path, dtype: str) -> nn.Module | None:
-    """Open a model that transformers cannot; None to pass on to the next plugin, in the end to transformers."""
+    """Open a dense model in a way of its own; None to pass on to the next plugin, in the end to transformers.
+    Compressing, and opening what was stored, goes through transformers."""
 
 
 @hookspec

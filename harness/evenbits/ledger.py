@@ -6,10 +6,12 @@ which stands beside the rest as `paper` bits.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-from evenbits.compressor import Role
-from evenbits.manifest import ADAPTER_A, ADAPTER_B, Manifest, read_manifest
+from evenbits.compressor import Role, meta_bytes
+from evenbits.manifest import ADAPTER_A, ADAPTER_B, Manifest, StoredLayer, read_manifest
 from evenbits.record import Bits, LayerFacts, Ledger, ModelFacts
 from evenbits.shapes import read_header
 
@@ -25,6 +27,20 @@ def _payloads(folder: Path, manifest: Manifest) -> dict[str, dict[str, int]]:
                 key: end - start for key, (start, end) in ((k, v["data_offsets"]) for k, v in header.items())
             }
     return sizes
+
+
+def _meta(folder: Path, file: str) -> dict[str, Any]:
+    """What a file's header holds beside the tensors: facts by layer, or of what is shared."""
+    found: dict[str, Any] = json.loads(read_header(folder / file).get("__metadata__", {}).get("meta", "{}"))
+    return found
+
+
+def _meta_bytes(folder: Path, manifest: Manifest) -> int:
+    """Facts are billed too: a method could keep weights there."""
+    blocks = {layer.file for layer in manifest.layers}
+    count = sum(meta_bytes(facts) for file in blocks for facts in _meta(folder, file).values())
+    shared = [name for name in ("shared.safetensors", "whole.safetensors") if name in manifest.files]
+    return count + sum(meta_bytes(_meta(folder, name)) for name in shared)
 
 
 def ratios(linear_bytes: int, model_bytes: int, model: ModelFacts) -> dict[str, float]:
@@ -57,9 +73,10 @@ def measure_bits(folder: Path, model: ModelFacts) -> Ledger:
         bill(role, sizes["shared.safetensors"][f"shared/{tensor}"])
     for tensor, role in manifest.whole.items():
         bill(role, sizes["whole.safetensors"][tensor])
+    bill(Role.META, _meta_bytes(folder, manifest))
     roles = {role: count for role, count in roles.items() if count}
     linear_bytes = sum(roles.values())
-    total_payload = sum(sum(file.values()) for file in sizes.values())
+    total_payload = sum(sum(file.values()) for file in sizes.values()) + roles.get(Role.META, 0)
     model_bytes = sum(stored.bytes for name, stored in manifest.files.items() if name.endswith(".safetensors"))
     dense = tuple(layer.name for layer in manifest.layers if layer.left_dense)
     dense_weights = sum(layer.shape.weights for layer in manifest.layers if layer.left_dense)
@@ -85,10 +102,19 @@ def measure_layers(folder: Path) -> tuple[LayerFacts, ...]:
     """Bits of each layer by its own bytes, and the errors that its manifest keeps."""
     manifest = read_manifest(folder)
     sizes = _payloads(folder, manifest)
+    facts = {
+        name: meta for file in {layer.file for layer in manifest.layers} for name, meta in _meta(folder, file).items()
+    }
+
+    def bits(layer: StoredLayer) -> float:
+        count = sum(sizes[layer.file][f"{layer.name}/{tensor}"] for tensor in layer.roles)
+        return 8 * (count + meta_bytes(facts.get(layer.name, {}))) / layer.shape.weights
+
     return tuple(
         LayerFacts(
             name=layer.name,
-            bits=8 * sum(sizes[layer.file][f"{layer.name}/{tensor}"] for tensor in layer.roles) / layer.shape.weights,
+            bits=bits(layer),
+            meta=facts.get(layer.name, {}),
             error=layer.error,
             calibrated_error=layer.calibrated_error,
         )

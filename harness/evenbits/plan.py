@@ -16,7 +16,7 @@ from evenbits.compressor import Compressor, Estimate, ModelShapes, Needs, Refusa
 from evenbits.environment import package_version
 from evenbits.errors import PluginError, SuiteError
 from evenbits.plugins import Provided, Registry
-from evenbits.provenance import source_digest
+from evenbits.provenance import module_digest, source_digest
 from evenbits.record import Bits, BudgetFacts, ModelFacts
 from evenbits.shapes import WIDTHS, read_inventory
 from evenbits.sources import DigestCache, ModelSource, find_model
@@ -26,7 +26,10 @@ DENSE = "dense"
 # what decides how a method is driven and stored, whatever the method
 COMPRESS_MODULES = ("evenbits.driver", "evenbits.artifact")
 MEASURE_MODULES = ("evenbits.artifact", "evenbits.driver")
-LIBRARIES = ("torch", "transformers")
+# glue that decides what is drawn, billed and measured: its own files count, not all that they import
+DRAW_GLUE = ("evenbits.sampling", "evenbits.tokens")
+MEASURE_GLUE = ("evenbits.ledger", "evenbits.stages", "evenbits.subject")
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "faiss-cpu")
 
 
 def content_hash(facts: Mapping[str, Any]) -> str:
@@ -52,6 +55,7 @@ class Stage:
     name: str
     options: Mapping[str, Any]
     digest: str
+    label: str | None = None  # in front of its metrics' names
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def _stages(registry: Registry, kind: str, what: str, specs: Iterable[StageSpec]
     for spec in specs:
         provided = registry.find(kind, spec.name, what)
         options = check_options(provided.value.options, spec.options, f"{what} {spec.name}: options")
-        stages.append(Stage(spec.name, options.model_dump(mode="json"), source_digest(provided.package)))
+        stages.append(Stage(spec.name, options.model_dump(mode="json"), source_digest(provided.package), spec.label))
     return tuple(stages)
 
 
@@ -179,7 +183,8 @@ class Planner:
         self._dumped = {
             "evaluators": [self._evaluated(stage) for stage in self.evaluators],
             "profilers": [asdict(stage) for stage in self.profilers],
-            "digest": source_digest(*MEASURE_MODULES),
+            "digest": [source_digest(*MEASURE_MODULES), module_digest(*MEASURE_GLUE)],
+            "loaders": [source_digest(package) for package in registry.packages_of("load_model")],
             "libraries": self.libraries,
         }
 
@@ -216,7 +221,8 @@ class Planner:
         if calibration is None or self.suite.calibration is None:
             return None
         allowed = self.suite.calibration.allowed_overlap
-        return {**calibration, "corpus": self._calibration_text, "allowed_overlap": allowed}
+        drawn = {"corpus": self._calibration_text, "allowed_overlap": allowed, "digest": module_digest(*DRAW_GLUE)}
+        return {**calibration, **drawn}
 
     def plan(self, models: Sequence[PlannedModel]) -> Plan:
         for model in models:
@@ -240,7 +246,14 @@ class Planner:
         extra = self._recovery_bytes(recovery, model)
 
         def skip(reason: str, options: Mapping[str, Any]) -> None:
-            facts = {"skip": reason, "model": model.facts.revision, "method": label, "budget": str(budget)}
+            facts = {
+                "skip": reason,
+                "model": [model.facts.name, model.facts.revision],
+                "method": [label, method.name],
+                "options": options,
+                "budget": str(budget),
+                "recovery": [asdict(stage) for stage in recovery],
+            }
             entry = Skip(content_hash(facts), model, method.name, label, options, budget, recovery, reason)
             if entry.id in self.order:
                 return
@@ -339,7 +352,7 @@ class Planner:
         )
         identity: dict[str, Any] = {
             "artifact": trial.artifact,
-            "model": model.facts.revision,
+            "model": [model.facts.name, model.facts.revision],
             "dtype": model.dtype,
             "label": label,
             "seed": seed,
@@ -385,6 +398,9 @@ def make_plan(suite: Suite, registry: Registry, *, cache: Path | None = None, do
     """Raises SuiteError for models that are missing, not understood, or without linear layers."""
     digests = DigestCache(cache / "digests.json" if cache else None)
     models = [plan_model(find_model(spec, registry, digests, download=download), suite.dtype) for spec in suite.model]
+    names = [model.facts.name for model in models]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SuiteError(f"two models are called {min(twice)!r}: give each a name of its own")
     plan = Planner(suite, registry, digests).plan(models)
     if cache is not None:
         digests.save()

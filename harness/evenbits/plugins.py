@@ -217,6 +217,10 @@ class Registry:
                 raise SuiteError(f"{what} {name!r}: its plugin {info.origin} is {info.status}: {info.problem}")
         raise SuiteError(f"unknown {what} {name!r}{did_you_mean(name, table)}")
 
+    def packages_of(self, hook: str) -> list[str]:
+        """The packages that implement a hook."""
+        return [info.module for info, _ in self._each(hook)]
+
     def load_model(self, path: Path, dtype: str) -> Any:
         """The first plugin's model for this folder, or None where no plugin knows it."""
         return self.manager.hook.load_model(path=path, dtype=dtype)

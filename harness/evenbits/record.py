@@ -81,6 +81,7 @@ class LayerFacts(_Frozen):
     bits: float
     error: float
     calibrated_error: float | None = None
+    meta: dict[str, Any] = Field(default={}, description="what the method noted of it, e.g. a damping it had to raise")
 
 
 class MetricFacts(_Frozen):

@@ -95,7 +95,8 @@ class Run:
         suite = self.plan.suite
         if left := self.results.remove_leftovers():
             self.display.notice(f"removed {left} unfinished file(s) of a run that was killed")
-        self.results.write_plan(suite.name, self.plan.order)
+        artifacts = [key for trial in self.plan.trials for key in trial.chain]
+        self.results.write_plan(suite.name, self.plan.order, artifacts)
         records: dict[str, Record] = {}
         found = {trial.id: self._found(trial) for trial in self.plan.trials}
         self.display.begin(len(self.plan.order), 0)

@@ -118,8 +118,11 @@ def read_header(path: Path) -> dict[str, Any]:
             if length > path.stat().st_size:
                 raise ValueError("header longer than the file")
             header: dict[str, Any] = json.loads(file.read(length))
+            tensors = [entry for key, entry in header.items() if key != "__metadata__"]
+            if not all({"dtype", "shape", "data_offsets"} <= entry.keys() for entry in tensors):
+                raise ValueError("a tensor without dtype, shape or place")
             return header
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, AttributeError, struct.error) as error:
         raise SuiteError(f"{path}: not a safetensors file ({error})") from None
 
 
@@ -128,7 +131,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise SuiteError(f"{folder}: no such model folder; give a folder with config.json and *.safetensors")
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
         return config
     except (OSError, ValueError) as error:
         raise SuiteError(f"{folder}: no readable config.json ({error})") from None

@@ -26,7 +26,7 @@ class ModelSource:
 
 
 class DigestCache:
-    """sha256 of files, kept by path, size and modification time, so that a large model is read once."""
+    """sha256 of files, kept by path, size, times and inode, so that a large model is read once."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -41,10 +41,11 @@ class DigestCache:
 
     def file(self, path: Path) -> str:
         stat = path.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
+        # the change time cannot be set back, as the modification time is by rsync and tar
+        stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(str(path.resolve()))
-        if known is not None and known[:2] == stamp:
-            return str(known[2])
+        if known is not None and known[:-1] == stamp:
+            return str(known[-1])
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._known[str(path.resolve())] = [*stamp, digest]

@@ -10,6 +10,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -126,7 +127,13 @@ def _moments_folder(job: Job, calibration: dict[str, Any] | None) -> Path | None
     if calibration is None:
         return None
     model = job.trial.model
-    facts = {"model": model.facts.revision, "dtype": model.dtype, "tokens": calibration["sha256"]}
+    facts = {
+        "model": model.facts.revision,
+        "dtype": model.dtype,
+        "tokens": calibration["sha256"],
+        "device": choose_device(job.trial.device).type,
+        "torch": torch.__version__,
+    }
     return job.cache / "moments" / content_hash({**facts, "digest": source_digest(*COMPRESS_MODULES)})
 
 
@@ -249,16 +256,19 @@ def _measure(job: Job, report: Report, kind: str, what: str, stages: Sequence[St
         with guarded_randomness(job.trial.seed):
             measurements = getattr(made, method)(subject)
         for measurement in measurements:
-            _take(result, stage.name, measurement)
+            _take(result, stage, measurement)
     result.seconds = time.perf_counter() - begun
     return result
 
 
-def _take(result: StageResult, source: str, measurement: Measurement) -> None:
+def _take(result: StageResult, stage: Stage, measurement: Measurement) -> None:
+    source = stage.name
+    if stage.label is not None:
+        measurement = replace(measurement, name=f"{stage.label}_{measurement.name}")
     if not np.isfinite(measurement.value):
         raise TrialFailed(f"{source}: {measurement.name} is {measurement.value}")
     if any(metric.name == measurement.name for metric in result.metrics):
-        raise TrialFailed(f"{source}: a second metric of the name {measurement.name!r}; give one a prefix")
+        raise TrialFailed(f"{source}: a second metric of the name {measurement.name!r}; give one a label")
     try:
         json.dumps(dict(measurement.details))
     except (TypeError, ValueError) as error:

@@ -87,8 +87,9 @@ class Results:
 
     # -- plan and records ---------------------------------------------------------------------------------------
 
-    def write_plan(self, suite: str, order: Sequence[str]) -> None:
-        text = json.dumps({"suite": suite, "trials": list(order)}, indent=1)
+    def write_plan(self, suite: str, order: Sequence[str], artifacts: Sequence[str] = ()) -> None:
+        """`artifacts`: keys that the trials make or use, so that none is cleaned away before its record is written."""
+        text = json.dumps({"suite": suite, "trials": list(order), "artifacts": sorted(set(artifacts))}, indent=1)
         write_atomically(self.run_folder(suite) / "plan.json", text.encode())
 
     def planned(self, suite: str) -> list[str]:
@@ -100,6 +101,10 @@ class Results:
             raise SuiteError(f"{path}: no run of suite {suite!r} here; `evenbits run` makes one") from None
         except (ValueError, KeyError, TypeError):
             raise ArtifactError(f"{path}: damaged; run the suite again, its records are kept") from None
+
+    def _planned_artifacts(self, suite: str) -> list[str]:
+        path = self.run_folder(suite) / "plan.json"
+        return list(json.loads(path.read_text()).get("artifacts", []))
 
     def record(self, suite: str, trial: str) -> Record | None:
         """The record of a trial; None when it has none yet. Raises ArtifactError for a damaged or newer one."""
@@ -142,7 +147,7 @@ class Results:
         return len(found)
 
     def stale(self) -> list[Path]:
-        """Trial folders outside each suite's latest plan, and artifacts that no record of a planned trial refers to."""
+        """Trial folders outside each suite's latest plan, and artifacts that no latest plan uses."""
         found: list[Path] = []
         used: set[str] = set()
         for suite in self.suites():
@@ -151,9 +156,7 @@ class Results:
                 path.parent for name in ("record.json", "log.txt") for path in self.run_folder(suite).glob(f"*/{name}")
             }
             found += [folder for folder in trials if folder.name not in planned]
-            for trial in planned:
-                record = self.record(suite, trial)
-                used.update(record.chain if record else ())
+            used.update(self._planned_artifacts(suite))
         if self.artifacts.is_dir():
             found += [path for path in self.artifacts.iterdir() if path.name not in used]
         return sorted(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,13 +73,18 @@ class _Reader:
         return self.artifact.whole_meta()
 
 
-def load_artifact(folder: Path, registry: Registry, device: str | torch.device = "cpu") -> Any:
+def load_artifact(
+    folder: Path, registry: Registry, device: str | torch.device = "cpu", *, trust_remote_code: bool = False
+) -> Any:
     """A transformers model from an artifact folder alone, verified against its hashes, in eval mode.
 
-    Raises ArtifactError for a damaged or too new artifact, SuiteError when the method's plugin is missing.
+    Raises ArtifactError for a damaged or too new artifact, and for one that brings code of its own where the caller
+    does not trust it; SuiteError when the method's plugin is missing.
     """
     artifact = Artifact(folder)
     manifest = artifact.manifest
+    if manifest.trust_remote_code and not trust_remote_code:
+        raise ArtifactError(f"{folder}: its model runs code of its own; allow it by trust_remote_code if you trust it")
     if manifest.method == "dense":
         compressor: Any = LayerCompressor()
     else:
@@ -89,7 +95,7 @@ def load_artifact(folder: Path, registry: Registry, device: str | torch.device =
         restorer: ModelCompressor = compressor
         return restorer.restore(_Reader(artifact)).to(device).eval()
     state = restore_state(artifact, compressor)
-    model = build_model(folder, state, manifest.dtype, trust_remote_code=manifest.trust_remote_code)
+    model = build_model(folder, state, manifest.dtype, trust_remote_code=trust_remote_code)
     return model.to(device)
 
 
@@ -119,7 +125,7 @@ class MeasuredModel:
 
     def load(self) -> tuple[nn.Module, Any]:
         if self.artifact:
-            model = load_artifact(self.folder, self.registry, self.device)
+            model = load_artifact(self.folder, self.registry, self.device, trust_remote_code=self.trust_remote_code)
         else:
             model = open_model(
                 self.folder,
@@ -159,9 +165,14 @@ class MeasuredModel:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" takes CUDA where there is one. Raises SuiteError for a device that is not there."""
+    """ "auto" takes CUDA where there is one. Raises SuiteError for a device that is unknown or not there."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise SuiteError(f'unknown device {name!r}; give "cpu", "cuda", "cuda:N" or "auto"')
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise SuiteError(f'device {name!r}: no CUDA device here; give device = "cpu" or "auto"')
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SuiteError(f"device {name!r}: there are only {torch.cuda.device_count()} CUDA devices here")
+    return device

@@ -10,14 +10,17 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from evenbits.budget import BitBudget, default_window
 from evenbits.compressor import Options
 from evenbits.errors import SuiteError
 from evenbits.plugins import Registry, did_you_mean
+
+SUITE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # it names a folder
 
 
 class _Frozen(BaseModel):
@@ -30,7 +33,7 @@ class ModelSpec(_Frozen):
     name: str | None = None
     path: str | None = None
     id: str | None = None
-    revision: str | None = Field(default=None, description="commit hash, required with `id`")
+    revision: str | None = Field(default=None, description="commit hash of 40 hex digits, required with `id`")
     trust_remote_code: bool = False
 
     @model_validator(mode="before")
@@ -46,7 +49,14 @@ class ModelSpec(_Frozen):
             raise ValueError("a model is a path or an id, not both")
         if self.id is not None and self.revision is None:
             raise ValueError("a hub model needs its revision (a commit hash), or the run cannot be repeated")
+        if self.id is not None and not re.fullmatch(r"[0-9a-f]{40}", str(self.revision)):
+            raise ValueError(f"revision {self.revision!r} is no commit hash of 40 hex digits; branches and tags move")
         return self
+
+    @property
+    def shown(self) -> str:
+        """The name that tables show."""
+        return self.name or self.id or Path(str(self.path)).resolve().name
 
 
 class BudgetSpec(_Frozen):
@@ -70,10 +80,14 @@ class BudgetSpec(_Frozen):
 
 
 class StageSpec(_Frozen):
-    """Something a plugin provides, with its options: an evaluator, a profiler, a recovery stage."""
+    """Something a plugin provides, with its options: an evaluator, a profiler, a recovery stage.
+
+    label: stands in front of an evaluator's or profiler's metric names, so that one may be used twice.
+    """
 
     name: str
     options: dict[str, Any] = {}
+    label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +108,20 @@ class MethodSpec(_Frozen):
     @classmethod
     def _from_string(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("label")
+    @classmethod
+    def _fits_a_table(cls, label: str | None) -> str | None:
+        if label is not None and (label != label.strip() or not label or not label.isprintable()):
+            raise ValueError("a label is one line of printable text, without blanks around it")
+        if label == "dense":
+            raise ValueError("this label is the uncompressed model's")
+        return label
+
+    @property
+    def shown(self) -> str:
+        """The name that tables show."""
+        return self.label or self.name
 
 
 class CalibrationSpec(_Frozen):
@@ -125,12 +153,12 @@ class Limits(_Frozen):
 class Suite(_Frozen):
     """What to compare, on what, measured how."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=SUITE_NAME)
     description: str = ""
     model: tuple[ModelSpec, ...] = Field(min_length=1)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = Field(default="cpu", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Annotated[int, Field(strict=True, ge=0, lt=2**63)], ...] = Field(default=(0,), min_length=1)
     budgets: tuple[BudgetSpec, ...] = ()
     methods: tuple[MethodSpec, ...] = Field(min_length=1)
     evaluators: tuple[StageSpec, ...] = ()
@@ -147,6 +175,13 @@ class Suite(_Frozen):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return value if isinstance(value, list | tuple) else [value]
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_seed_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"the same seed twice in {list(seeds)}")
+        return seeds
 
     @model_validator(mode="after")
     def _fit_needs_budgets(self) -> Suite:
@@ -229,15 +264,40 @@ def _refuse(source: str, text: str, loc: Sequence[Any], message: str) -> SuiteEr
     return SuiteError(f"{source}:{locate(text, loc)}: {where}: {message}" if where else f"{source}: {message}")
 
 
+# by pydantic's type of error or, where a table is expected, by our class: its own words name Python's types
+_EXPECTED = {
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "BudgetSpec": "a number of bits, or a table with centre and window",
+    "ModelSpec": "a name, or a table with path, or with id and revision",
+    "MethodSpec": "a name, or a table with name and options",
+    "StageSpec": "a name, or a table with name and options",
+}
+
+
+def _first(error: ValidationError) -> ErrorDetails:
+    """The error to tell: an unknown key before a missing one, since a mistyped key is both."""
+    errors = error.errors()
+    return next((found for found in errors if found["type"] == "extra_forbidden"), errors[0])
+
+
+def _said(error: ErrorDetails) -> str:
+    """What is wrong, and with which value."""
+    kind = str(error.get("ctx", {}).get("class_name"))
+    expected = _EXPECTED.get(kind, _EXPECTED.get(error["type"]))
+    message = f"expected {expected}" if expected else error["msg"].removeprefix("Value error, ")
+    return message + (f" (got {error['input']!r})" if isinstance(error["input"], str | int | float | bool) else "")
+
+
 def _from_validation(source: str, text: str, error: ValidationError, prefix: Sequence[Any] = ()) -> SuiteError:
-    first = error.errors()[0]
+    first = _first(error)
     loc = (*prefix, *first["loc"])
     if first["type"] == "extra_forbidden":
         return _refuse(source, text, loc, f"unknown key{did_you_mean(str(loc[-1]), _known_keys(loc))}")
     if first["type"] == "missing":
         return _refuse(source, text, loc, "missing")
-    got = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float | bool) else ""
-    return _refuse(source, text, loc, f"{first['msg'].removeprefix('Value error, ')}{got}")
+    return _refuse(source, text, loc, _said(first))
 
 
 def check_options(model: type[Options], given: Mapping[str, Any], where: str) -> Options:
@@ -245,46 +305,78 @@ def check_options(model: type[Options], given: Mapping[str, Any], where: str) ->
     try:
         return model.model_validate(dict(given))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = _first(error)
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise SuiteError(f"{where}.{key}: unknown option{did_you_mean(key, model.model_fields)}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        got = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float | bool) else ""
-        raise SuiteError(f"{where}{'.' + key if key else ''}: {message}{got}") from None
+        raise SuiteError(f"{where}{'.' + key if key else ''}: {_said(first)}") from None
+
+
+def _check_names(suite: Suite, source: str, text: str) -> None:
+    """What tables tell apart by its name has a name of its own. Raises SuiteError."""
+    for field, what in (("evaluators", "evaluator"), ("profilers", "profiler")):
+        names = [(stage.name, stage.label) for stage in getattr(suite, field)]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                message = f"{what} {name[0]!r} stands here twice, and each would give metrics of the same names; "
+                message += "give one a label"
+                raise _refuse(source, text, (field, index), message)
+    models = [model.shown for model in suite.model]
+    for index, name in enumerate(models):
+        if name in models[:index]:
+            raise _refuse(source, text, ("model", index), f"two models are called {name!r}; give one another name")
+    rows: dict[tuple[Any, ...], MethodSpec] = {}
+    for index, method in enumerate(suite.methods):
+        # the row of a table also says its budget and its recovery stages
+        row = (method.shown, method.budget, *(stage.name for stage in method.recovery))
+        other = rows.setdefault(row, method)
+        if (other.name, other.options, other.recovery) != (method.name, method.options, method.recovery):
+            message = f"another entry with other settings is called {method.shown!r} too; give one a label"
+            raise _refuse(source, text, ("methods", index), message)
 
 
 def check_suite(suite: Suite, registry: Registry, source: str = "suite", text: str = "") -> None:
     """Every name and option against what is installed. Raises SuiteError with file, line, key and near names."""
 
-    def check(kind: str, what: str, name: str, options: Mapping[str, Any], loc: tuple[Any, ...]) -> None:
+    def check(
+        kind: str, what: str, name: str, options: Mapping[str, Any], loc: tuple[Any, ...], held: str = "options"
+    ) -> tuple[Any, Options]:
+        """The descriptor and its checked options, which stand under the key `held`, or beside the name for ""."""
         inner: tuple[Any, ...] = (*loc, "name")
         try:
             provided = registry.find(kind, name, what)
-            inner = (*loc, "options")
+            inner = (*loc, held) if held else loc
             for key in options:
                 if key not in provided.value.options.model_fields:
-                    inner = (*loc, "options", key)
-            check_options(provided.value.options, options, "options")
+                    inner = (*inner, key)
+                    break
+            return provided.value, check_options(provided.value.options, options, "options")
         except SuiteError as error:
             raise SuiteError(f"{source}:{locate(text, inner)}: {'.'.join(map(str, loc))}: {error}") from None
 
+    def check_corpus(reference: Mapping[str, Any], loc: tuple[Any, ...]) -> None:
+        options = {key: value for key, value in reference.items() if key != "name"}
+        check("corpora", "corpus", str(reference.get("name", "")), options, loc, held="")
+
+    _check_names(suite, source, text)
     for index, method in enumerate(suite.methods):
         loc: tuple[Any, ...] = ("methods", index)
         check("compressors", "method", method.name, method.options, loc)
         for stage_index, stage in enumerate(method.recovery):
             check("recoveries", "recovery stage", stage.name, stage.options, (*loc, "recovery", stage_index))
     for index, evaluator in enumerate(suite.evaluators):
-        check("evaluators", "evaluator", evaluator.name, evaluator.options, ("evaluators", index))
+        loc = ("evaluators", index)
+        descriptor, checked = check("evaluators", "evaluator", evaluator.name, evaluator.options, loc)
+        for reference in descriptor.corpora(checked):
+            key = [key for key, value in evaluator.options.items() if value == reference]
+            check_corpus(reference, (*loc, "options", *key[:1]))
     for index, profiler in enumerate(suite.profilers):
         check("profilers", "profiler", profiler.name, profiler.options, ("profilers", index))
     for stages in suite.dense_recovery:
         for stage in stages:
             check("recoveries", "recovery stage", stage.name, stage.options, ("dense_recovery",))
     if suite.calibration is not None:
-        reference = dict(suite.calibration.corpus)
-        name = str(reference.pop("name", ""))
-        check("corpora", "corpus", name, reference, ("calibration", "corpus"))
+        check_corpus(suite.calibration.corpus, ("calibration", "corpus"))
     if suite.executor != "local":
         try:
             registry.find("executors", suite.executor, "executor")

@@ -39,6 +39,8 @@ def verdict(a: Row, b: Row, column: Column) -> Verdict:
         return Verdict("not comparable", f"different recovery stages: {a.stage} and {b.stage}")
     if not _same_calibration(a.records, b.records):
         return Verdict("not comparable", "different calibration tokens")
+    if a.budget is not None and b.budget is not None and a.budget.on != b.budget.on:
+        return Verdict("not comparable", "budgets matched on different bits")
     differs, how = _differ(cells[0], cells[1])
     if differs is None:
         return Verdict("not comparable", how)
@@ -92,6 +94,8 @@ def _differ(a: Cell, b: Cell) -> tuple[bool | None, str]:
     if a.items is not None and b.items is not None and a.transform is not None and a.transform == b.transform:
         if a.items.shape[1] == b.items.shape[1]:
             found = paired_difference(a.items.mean(axis=0), b.items.mean(axis=0), a.transform)
+            if not np.isfinite(found.p_value):
+                return None, f"too few common items to test with ({found.items})"
             how = f"paired test on {found.items} items: p = {found.p_value:.3g}"
             if found.p_value <= 0.05 and not apart:
                 return False, f"{how}, but the seeds overlap"

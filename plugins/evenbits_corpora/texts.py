@@ -50,11 +50,15 @@ def read_text(options: TextOptions) -> Text:
 
 
 def text_files(options: TextOptions) -> list[Path]:
-    """The files that the options name. Raises SuiteError when one is missing, or none is named."""
+    """The files that the options name. Raises SuiteError when one is missing or a folder, or none is named."""
     names = [options.path] if isinstance(options.path, str) else list(options.path)
     if not names:
         raise SuiteError("corpus 'text': path names no file")
-    return [locate(name, "text") for name in names]
+    paths = [locate(name, "text") for name in names]
+    for path in paths:
+        if path.is_dir():
+            raise SuiteError(f"corpus 'text': {path} is a folder; give its files, path = [...]")
+    return paths
 
 
 def split_documents(content: str, split: str) -> list[str]:

@@ -70,11 +70,12 @@ class Byte(Half):
     """One byte a weight, so that the budget of 8 bits is met: round to 1/128 steps of the largest weight."""
 
     def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
-        step = float(weight.abs().max()) / 127 or 1.0
-        return PackedLayer({"codes": (weight / step).round().to(torch.int8)}, {"codes": Role.CODE}, {"step": step})
+        step = torch.tensor([float(weight.abs().max()) / 127 or 1.0])
+        tensors = {"codes": (weight / step).round().to(torch.int8), "step": step}
+        return PackedLayer(tensors, {"codes": Role.CODE, "step": Role.SCALE})
 
     def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
-        restored: Tensor = packed.tensors["codes"].float() * packed.meta["step"]
+        restored: Tensor = packed.tensors["codes"].float() * packed.tensors["step"]
         return restored
 
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ class Byte(Half):
 
 
 def predict_byte(options: Options, shapes: ModelShapes) -> Estimate:
-    return Estimate(8.0, 8.0, {Role.CODE: shapes.weights})
+    return Estimate(8.0, 8.0, {Role.CODE: shapes.weights, Role.SCALE: 4 * len(shapes.layers)})
 
 
 def fit_byte(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Options | Refusal:
@@ -205,7 +206,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("zero goes up", {"make": lambda options: ZeroGoesUp()}, "all-zero weight restores"),
     ("meta is no JSON", {"make": lambda options: TupleMeta()}, "meta must be plain JSON"),
     ("undocumented", {"options": Undocumented, "fit": lambda b, s, f: fit_byte(b, s, f) and Undocumented()}, "descr"),
-    ("fits everything", {"fit": fit_too_much}, "fit chose 8.0000 bits for "),
+    ("fits everything", {"fit": fit_too_much}, "fit chose 8.0"),
     ("refuses mutely", {"fit": fit_mute}, "without a reason"),
     ("predicts less", {"predict": predict_less}, "predict says"),
 ]
@@ -254,8 +255,9 @@ class ByteWhole:
         for name, tensor in model.named_parameters():
             if ".layers." in name and tensor.dim() == 2:
                 writer.write(name, (127 * tensor).to(torch.int8), Role.CODE, weights=tensor.numel())
+                writer.write(f"{name}.step", torch.tensor([1 / 127]), Role.SCALE)  # billed, though it is no weight
             else:
-                writer.write(name, tensor, Role.KEPT)
+                writer.write(name, tensor, None)
 
     def restore(self, reader: TensorReader) -> nn.Module:
         raise NotImplementedError

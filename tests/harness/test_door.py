@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_errors() -> None:
         evenbits.compress_weight([weight, weight.long()], "rtn")
     with pytest.raises(ValueError, match=r"at least one weight"):
         evenbits.compress_weight([], "rtn")
-    with pytest.raises(ValueError, match=r"second moment 0 must be \(96, 96\), not \(32, 32\)"):
+    with pytest.raises(ValueError, match=r"second moment 0 must be a float matrix \(96, 96\), not \(32, 32\)"):
         evenbits.compress_weight(weight, "gptq", second_moment=torch.eye(32))
     with pytest.raises(ValueError, match=r"1 second moment\(s\) for 2 weight\(s\)"):
         evenbits.compress_weight([weight, weight], "gptq", second_moment=[moment])
@@ -130,11 +131,78 @@ def test_errors() -> None:
     broken[3, 4] = float("inf")
     with pytest.raises(TrialFailed, match=r"weight 0 is not finite"):
         evenbits.compress_weight(broken, "rtn")
+    with pytest.raises(TrialFailed, match=r"weight 0 is not finite in float32"):
+        evenbits.compress_weight(weight.double() * 1e300, "rtn")
+
+
+@pytest.mark.parametrize("method", ["rtn", "nf4", "kmeans"])
+@pytest.mark.parametrize("budget", [None, 4.5])
+def test_a_mistyped_option_has_its_near_name(method: str, budget: float | None) -> None:
+    option = {"rtn": "bits", "nf4": "block_size", "kmeans": "codebook_size"}[method]
+    with pytest.raises(SuiteError, match=rf"options\.{option}s: unknown option; did you mean \"{option}\""):
+        evenbits.compress_weight(matrix(), method, budget=budget, options={f"{option}s": 4})
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.empty(0, 8), r"weight 0 must be a float matrix \(out, in\), not \(0, 8\)"),
+        (torch.empty(8, 0), r"weight 0 must be a float matrix \(out, in\), not \(8, 0\)"),
+        (np.ones((4, 8), dtype=np.float32), "weight 0 must be a torch tensor, not ndarray"),
+        ([torch.ones(4, 8), None], "weight 1 must be a torch tensor, not NoneType"),
+        (3, "weight 0 must be a torch tensor, not int"),
+    ],
+)
+def test_what_is_no_matrix(weight: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        evenbits.compress_weight(weight, "rtn")
+
+
+@pytest.mark.parametrize("seed", [None, -1, 2**63, 1.5])
+def test_what_is_no_seed(seed: Any) -> None:
+    with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 2\^63 - 1"):
+        evenbits.compress_weight(matrix(), "rtn", seed=seed)
+
+
+def test_the_largest_seed() -> None:
+    evenbits.compress_weight(matrix(8, 16), "kmeans", options={"codebook_size": 4}, seed=2**63 - 1)
+
+
+def test_second_moments_are_checked() -> None:
+    weight, case = matrix(), make_case(32, 96)
+    skewed, huge, missing = case.second_moment.clone(), case.second_moment.double(), case.second_moment.clone()
+    skewed[0, 1] += 2e-4 * skewed.abs().max()
+    huge[3, 3] = 1e300
+    missing[5, 5] = float("nan")
+    for moment, said in (
+        (skewed, "second moment 0 is not symmetric"),
+        (huge, "second moment 0 is not finite in float32"),
+        (missing, "second moment 0 is not finite"),
+        (torch.eye(96).long(), r"second moment 0 must be a float matrix \(96, 96\), not \(96, 96\) torch.int64"),
+        (np.eye(96), "second moment 0 must be a torch tensor, not ndarray"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            evenbits.compress_weight(weight, "gptq", second_moment=moment)
+
+
+def test_a_second_moment_may_be_part_of_a_graph_and_a_little_askew() -> None:
+    case = make_case(32, 96)
+    askew = case.second_moment.clone()
+    askew[0, 1] += 1e-5 * askew.abs().max()
+    found = evenbits.compress_weight(case.weight, "gptq", second_moment=askew.requires_grad_())
+    assert not found.restored.requires_grad
+    assert isinstance(found.calibrated_error, float)
 
 
 def test_load_of_what_is_no_artifact(tmp_path: object) -> None:
     with pytest.raises(ArtifactError, match=r"not an artifact"):
         evenbits.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda:", "cpu:1", ""])
+def test_load_on_an_unknown_device(device: str) -> None:
+    with pytest.raises(SuiteError, match=rf"unknown device '{device}'; give \"cpu\""):
+        evenbits.load("anywhere", device=device)
 
 
 def test_load_without_a_gpu() -> None:

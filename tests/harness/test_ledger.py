@@ -10,7 +10,7 @@ import torch
 
 from evenbits.artifact import ArtifactWriter, dense_layer
 from evenbits.compressor import PackedLayer, Role, Shared
-from evenbits.ledger import dense_ledger, measure_bits
+from evenbits.ledger import dense_ledger, measure_bits, measure_layers
 from evenbits.manifest import StoredLayer
 from evenbits.record import ModelFacts
 
@@ -30,7 +30,7 @@ def layer(name: str, packed: PackedLayer) -> StoredLayer:
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
-    """Layer a: 32 bytes of codes, 16 of scales; layer b left dense; 40 bytes of codebook that both share."""
+    """Layer a: 32 bytes of codes, 16 of scales, 30 of facts; b left dense; 40 bytes of codebook that both share."""
     a = PackedLayer(
         {"codes": torch.zeros(32, dtype=torch.uint8), "scales": torch.ones(8, dtype=torch.float16)},
         {"codes": Role.CODE, "scales": Role.SCALE}, {"note": "kept in the header"},
@@ -53,14 +53,21 @@ def artifact(tmp_path: Path) -> Path:
 
 def test_bytes_by_role(artifact: Path) -> None:
     ledger = measure_bits(artifact, FACTS)
-    assert ledger.roles == {"code": 32, "codebook": 40, "dense": 512, "scale": 16}
-    assert ledger.linear_bytes == 600
+    assert ledger.roles == {"code": 32, "codebook": 40, "dense": 512, "meta": 30, "scale": 16}
+    assert ledger.linear_bytes == 630
     assert ledger.rest_bytes == 40
     assert ledger.left_dense == ("b",)
     assert ledger.compressed_weights == 128
     assert ledger.bits.index == 8 * 32 / 128
     assert ledger.bits.paper == 2.5
-    assert ledger.bits.linear == 8 * 600 / 256
+    assert ledger.bits.linear == 8 * 630 / 256
+
+
+def test_layers_by_their_own_bytes(artifact: Path) -> None:
+    a, b = measure_layers(artifact)
+    assert a.bits == 8 * (32 + 16 + 30) / 128  # a method that kept its weights among the facts would pay for them
+    assert a.meta == {"note": "kept in the header"}
+    assert (b.bits, b.meta) == (32, {})
 
 
 def test_model_bits_include_file_headers(artifact: Path) -> None:
@@ -74,7 +81,7 @@ def test_model_bits_include_file_headers(artifact: Path) -> None:
 def test_ratios(artifact: Path) -> None:
     ledger = measure_bits(artifact, FACTS)
     assert ledger.ratios == pytest.approx({
-        "linear_fp32": 1024 / 600, "linear_stored": 512 / 600,
+        "linear_fp32": 1024 / 630, "linear_stored": 512 / 630,
         "model_fp32": 1064 / ledger.model_bytes, "model_stored": 532 / ledger.model_bytes,
     })  # fmt: skip
 

@@ -354,3 +354,17 @@ def test_two_runs_on_one_folder(here: Any, evenbits: Any, suites: Any) -> None:
         assert done.stderr.strip().count("\n") == 0
         assert f"is in use by process {os.getpid()}" in done.stderr
     assert not (here.folder / "results" / "runs").exists()
+
+
+def test_one_evaluator_twice_under_labels(here: Any, suites: Any) -> None:
+    again = f"""
+[[evaluators]]
+name = "perplexity"
+label = "train"
+options.corpus = {{ name = "text", path = "{suites.tiny.train}" }}
+options.context = 32
+"""
+    records, _ = here.run(suites.text('[{ name = "rtn", budget = "free" }]', tables=again))
+    for record in records:
+        assert [metric.name for metric in record.metrics] == ["perplexity", "train_perplexity"]
+        assert record.metrics[0].fingerprint != record.metrics[1].fingerprint

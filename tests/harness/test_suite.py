@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from evenbits.errors import EvenbitsError, SuiteError
 from evenbits.plugins import load_plugins
-from evenbits.suite import Suite, locate, read_suite
+from evenbits.suite import ModelSpec, Suite, locate, read_suite
 
 BUDGETS = "budgets = [4.5]"
 
@@ -48,6 +49,25 @@ def line_of(text: str, part: str) -> int:
     ("budgets = [4.5]", 'budgets = [4.5]\nexecutor = "slrum"', "executor", "unknown executor 'slrum'"),
     ("budgets = [4.5]", "budgets = [4.5]\nplugins.hardwear.x = 1", "hardwear", 'did you mean "hardware"?'),
     ("budgets = [4.5]", "", "", "no budgets"),
+    ("budgets = [4.5]", 'budgets = ["4.25"]', "budgets",
+     "budgets.0: expected a number of bits, or a table with centre and window (got '4.25')"),
+    ("budgets = [4.5]", 'budgets = "4.25"', "budgets", "budgets: expected a list (got '4.25')"),
+    ("budgets = [4.5]", "budgets = [4.5]\nseeds = 3", "seeds", "seeds: expected a list (got 3)"),
+    ("budgets = [4.5]", "budgets = [4.5]\nplugins = 3", "plugins", "plugins: expected a table (got 3)"),
+    ("budgets = [4.5]", "budgets = [4.5]\nseeds = [0, -1]", "seeds", "seeds.1: "),
+    ("budgets = [4.5]", "budgets = [4.5]\nseeds = [9223372036854775807, 9223372036854775808]", "seeds", "seeds.1: "),
+    ("budgets = [4.5]", "budgets = [4.5]\nseeds = [true]", "seeds", "seeds.0: "),
+    ("budgets = [4.5]", "budgets = [4.5]\nseeds = [1.0]", "seeds", "seeds.0: "),
+    ("budgets = [4.5]", "budgets = [4.5]\nseeds = [3, 0, 3]", "seeds", "seeds: the same seed twice in [3, 0, 3]"),
+    ("budgets = [4.5]", 'budgets = [4.5]\nprofilers = ["hardware", "hardware"]', "profilers",
+     "profilers.1: profiler 'hardware' stands here twice"),
+    ('["rtn"]', "[3]", "methods", "methods.0: expected a name, or a table with name and options (got 3)"),
+    ('"rtn"', '{ name = "rtn", label = "a\\nb" }', "a\\nb", "methods.0.label: a label is one line"),
+    ('"rtn"', '{ name = "rtn", label = "" }', "label", "methods.0.label: a label is one line"),
+    ('"rtn"', '{ name = "rtn", label = " " }', "label", "methods.0.label: a label is one line"),
+    ('"rtn"', '{ name = "rtn", label = "dense" }', "label", "methods.0.label: this label is the uncompressed model's"),
+    ('"rtn"', '"rtn", { name = "rtn", options.bits = 3 }', "methods", "methods.1: another entry with other settings"),
+    ('"rtn"', '"rtn", { name = "gptq", label = "rtn" }', "methods", "is called 'rtn' too; give one a label"),
 ])  # fmt: skip
 def test_mistakes(here: Any, suites: Any, old: str, new: str, at: str, said: str) -> None:
     text = suites.text('["rtn"]', top=BUDGETS)
@@ -57,6 +77,69 @@ def test_mistakes(here: Any, suites: Any, old: str, new: str, at: str, said: str
     assert said in message
     path = here.folder / "suite.toml"
     assert message.startswith(f"{path}:{line_of(text, at)}: " if at else f"{path}: "), message
+
+
+def test_mistakes_in_an_evaluators_corpus(here: Any, suites: Any) -> None:
+    """Found before anything runs, like those in the calibration's."""
+    text = suites.text('["rtn"]', top=BUDGETS)
+    line = line_of(text, "options.corpus")
+    for old, new, said in (
+        ('"text"', '"txet"', "unknown corpus 'txet'; did you mean \"text\"?"),
+        ("path", "pth", 'options.pth: unknown option; did you mean "path"?'),
+        (", path", ', split = "lines" } #', "options.path: Field required"),
+    ):
+        start = text.index("options.corpus")
+        message = refused(here, text[:start] + text[start:].replace(old, new, 1))
+        assert message.startswith(f"{here.folder / 'suite.toml'}:{line}: evaluators.0.options.corpus: "), message
+        assert said in message
+
+
+def test_the_line_of_an_option_of_a_corpus(here: Any, suites: Any) -> None:
+    """Its options stand beside its name, whichever table it is."""
+    text = suites.text('["rtn"]', top=BUDGETS)
+    inline = next(line for line in text.splitlines() if line.startswith("options.corpus"))
+    table = f'[evaluators.options.corpus]\nname = "text"\npath = "{here.folder}"\nsplt = "lines"\n'
+    text = text.replace(inline + "\n", "") + table
+    assert f":{line_of(text, 'splt')}: evaluators.0.options.corpus: options.splt" in refused(here, text)
+
+
+def test_two_evaluators_of_one_name(here: Any, suites: Any) -> None:
+    text = suites.text('["rtn"]', top=BUDGETS)
+    table = text[text.index("[[evaluators]]") :]
+    text += table
+    line = len(text.splitlines()) - len(table.splitlines()) + 1
+    message = refused(here, text)
+    assert message.startswith(f"{here.folder / 'suite.toml'}:{line}: evaluators.1: evaluator 'perplexity' ")
+
+
+def test_entries_that_tables_tell_apart(here: Any, suites: Any) -> None:
+    entries = (
+        '"rtn"',
+        '"rtn"',  # the same settings: one entry
+        '{ name = "rtn", budget = "free", options.bits = 3 }',
+        '{ name = "rtn", label = "rtn-3", options.bits = 3 }',
+    )
+    assert len(here.read(suites.text(f"[{', '.join(entries)}]", top=BUDGETS)).methods) == 4
+
+
+def test_two_models_of_one_name(here: Any, suites: Any) -> None:
+    text = suites.text('["rtn"]', top=BUDGETS)
+    line = next(line for line in text.splitlines() if line.startswith("model = "))
+    for models in (
+        '[{ path = "a", name = "m" }, { path = "b", name = "m" }]',
+        '[{ path = "a/m" }, { path = "b/m" }]',
+        '["m", { path = "b", name = "m" }]',
+    ):
+        message = refused(here, text.replace(line, f"model = {models}"))
+        assert message.endswith(": model.1: two models are called 'm'; give one another name"), message
+    assert len(here.read(text.replace(line, 'model = [{ path = "a/m" }, { path = "b/m", name = "n" }]')).model) == 2
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "0123abc", "A" * 40, "0" * 41])
+def test_a_revision_that_is_no_commit(revision: str) -> None:
+    with pytest.raises(ValidationError, match=r"is no commit hash of 40 hex digits; branches and tags move"):
+        ModelSpec(id="org/name", revision=revision)
+    assert ModelSpec(id="org/name", revision="0123456789abcdef" * 2 + "01234567").shown == "org/name"
 
 
 def test_undefined_variable(here: Any, suites: Any) -> None:

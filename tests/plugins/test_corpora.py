@@ -84,6 +84,8 @@ def test_text_refuses_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refuse(SuiteError, "no file .*missing.txt", path=str(tmp_path / "missing.txt"))
+    refuse(SuiteError, f"{tmp_path} is a folder; give its files", path=str(tmp_path))
+    refuse(SuiteError, f"{tmp_path} is a folder", path=[write(tmp_path / "a.txt", "a"), str(tmp_path)])
     refuse(SuiteError, "names no file", path=[])
     refuse(TrialFailed, "empty: no text in .*e.txt", path=write(tmp_path / "e.txt", " \n\n"), split="blank-lines")
     refuse(SuiteError, "line 2: not JSON", path=write(tmp_path / "j.jsonl", '{"text": "a"}\n{oops\n'))

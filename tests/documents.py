@@ -1,0 +1,69 @@
+"""Write the parts of CONTRIBUTING.md that are read off the code: `python tests/documents.py`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from evenbits import hookspecs
+
+ROOT = Path(__file__).resolve().parents[1]
+READING = {
+    "errors": "what a user can cause",
+    "compressor": "the protocols: what a method declares and what flows through it",
+    "budget": "centre, window, choice of settings",
+    "measure": "what evaluators, profilers and corpora declare",
+    "shapes": "a model's linear layers from file headers",
+    "hookspecs": "every hook",
+    "plugins": "discovery, attribution, clashes",
+    "suite": "TOML to frozen models",
+    "plan": "suite to trials with content ids",
+    "manifest": "what an artifact says of itself",
+    "artifact": "writing and reading artifacts",
+    "ledger": "bytes by role to the four bit numbers",
+    "models": "opening a model, walking its layers",
+    "calibration": "hidden states and second moments",
+    "driver": "a compressor over a model",
+    "recovery": "the stage after",
+    "stages": "what the child processes do",
+    "executor": "the child processes",
+    "record": "the one source of truth",
+    "store": "a results folder",
+    "run": "the loop over trials",
+    "tables": "records to tables",
+    "cli": "the command line",
+}
+
+
+def hook_lines() -> str:
+    lines = []
+    for name in hookspecs.HOOKS:
+        signature = str(inspect.signature(getattr(hookspecs, name))).replace("'", "")
+        lines.append(f"- `{name}{signature}`: {' '.join(str(getattr(hookspecs, name).__doc__).split())}")
+    return "\n".join(lines) + "\n"
+
+
+def count_lines(module: str) -> int:
+    return len((ROOT / "harness" / "evenbits" / f"{module}.py").read_text().splitlines())
+
+
+def reading_lines() -> str:
+    rows = [f"| [`{m}`](harness/evenbits/{m}.py) | {count_lines(m)} | {what} |" for m, what in READING.items()]
+    last = "Then one plugin: `plugins/evenbits_rtn`, the smallest; `plugins/evenbits_gptq`, the calibrated one."
+    return "\n".join(["| module | lines | what |", "|---|--:|---|", *rows, "", last]) + "\n"
+
+
+def main() -> None:
+    path = ROOT / "CONTRIBUTING.md"
+    text = path.read_text()
+    for marker, lines in (("hooks", hook_lines()), ("reading-order", reading_lines())):
+        head, begin, rest = text.partition(f"<!-- {marker} -->\n")
+        _, end, tail = rest.partition(f"<!-- /{marker} -->")
+        if not begin or not end:
+            raise SystemExit(f"CONTRIBUTING.md needs one <!-- {marker} --> section")
+        text = head + begin + lines + end + tail
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -315,10 +315,10 @@ def check_options(model: type[Options], given: Mapping[str, Any], where: str) ->
 def _check_names(suite: Suite, source: str, text: str) -> None:
     """What tables tell apart by its name has a name of its own. Raises SuiteError."""
     for field, what in (("evaluators", "evaluator"), ("profilers", "profiler")):
-        names = [(stage.name, stage.label) for stage in getattr(suite, field)]
-        for index, name in enumerate(names):
-            if name in names[:index]:
-                message = f"{what} {name[0]!r} stands here twice, and each would give metrics of the same names; "
+        stages = [(stage.name, stage.label) for stage in getattr(suite, field)]
+        for index, stage in enumerate(stages):
+            if stage in stages[:index]:
+                message = f"{what} {stage[0]!r} stands here twice, and each would give metrics of the same names; "
                 message += "give one a label"
                 raise _refuse(source, text, (field, index), message)
     models = [model.shown for model in suite.model]

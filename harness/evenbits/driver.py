@@ -38,7 +38,6 @@ from evenbits.errors import EvenbitsError, TrialFailed
 from evenbits.manifest import StoredLayer
 from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.models import (
-    Loader,
     check_coverage,
     guarded_randomness,
     open_model,
@@ -72,7 +71,6 @@ class Work:
     tokens: Tensor | None
     moments_folder: Path | None
     trust_remote_code: bool = False
-    loader: Loader | None = None
     advance: Advance = lambda steps: None
 
 

@@ -106,7 +106,6 @@ def _compress_base(
         tokens=tokens,
         moments_folder=_moments_folder(job, calibration),
         trust_remote_code=model.source.trust_remote_code,
-        loader=registry().load_model,
         advance=advance,
     )
     with ArtifactWriter(folder) as writer:

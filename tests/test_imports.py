@@ -67,7 +67,7 @@ TORCH = {
 }
 HEAVY = {
     "torch", "transformers", "safetensors", "faiss", "scipy", "mlflow", "datasets", "matplotlib", "pandas", "sklearn",
-    "huggingface_hub", "tokenizers",
+    "huggingface_hub", "tokenizers", "numba", "peft",
 }  # fmt: skip
 
 

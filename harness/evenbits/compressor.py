@@ -7,7 +7,7 @@ Three forms, the smallest that fits: `LayerCompressor`, `BlockCompressor`, `Mode
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -315,7 +315,17 @@ class TunableModel(Protocol):
     model: nn.Module
     tokenizer: Any
     parameters: dict[str, nn.Parameter]  # "layer/tensor" or "shared/tensor" -> parameter
+    adapters: dict[str, tuple[nn.Parameter, nn.Parameter]]  # A, B by layer, from stages before and from this one
     calibration: Tensor  # (samples, length) token ids
+
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        """The linear layers of the blocks; each is a module of that path in `model` that restores its weight."""
+        ...
+
+    def restore(self, layer: str) -> Tensor:
+        """(out, in) float32: the weight as it stands now, its adapter added."""
+        ...
 
     def dense(self) -> nn.Module:
         """The uncompressed model, opened on demand."""
@@ -325,8 +335,13 @@ class TunableModel(Protocol):
         """Tensors outside the linear layers (norms, biases, embeddings), by name."""
         ...
 
-    def add_adapter(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
-        """Low-rank update B A of one layer ("A": (r, in), "B": (out, r)); stored and billed as adapter."""
+    def add_adapter(self, layer: str, tensors: Mapping[str, Tensor], dtype: str | None = None) -> None:
+        """Low-rank update B A of one layer ("A": (r, in), "B": (out, r)); billed as adapter, and stored in `dtype`
+        (float16, bfloat16, float32; None: the evaluated one)."""
+        ...
+
+    def merge_adapters(self, layers: Iterable[str]) -> None:
+        """Add the adapters of these layers to their weights, which are stored and billed dense from then on."""
         ...
 
 
@@ -338,7 +353,11 @@ class RecoveryStage(Protocol):
 
 @dataclass(frozen=True)
 class Recovery:
-    """A stage after any compressor. `predict` gives the bytes it adds by role, so that `fit` can leave room."""
+    """A stage after any compressor.
+
+    predict   (options, shapes) -> the bytes it adds by role, so that `fit` can leave room
+    dense     (options, shapes) -> names of the layers that it stores dense: `predict` then counts all their bytes
+    """
 
     name: str
     summary: str
@@ -347,6 +366,7 @@ class Recovery:
     make: Callable[[Any], RecoveryStage]
     predict: Callable[[Any, ModelShapes], Mapping[Role, int]]
     needs: Needs = Needs()
+    dense: Callable[[Any, ModelShapes], Collection[str]] = lambda options, shapes: ()
 
 
 def average_bits(bits: Iterable[tuple[float, int]]) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evenbits.budget import BitBudget
-from evenbits.compressor import Compressor, Estimate, ModelShapes, Needs, Refusal, Role
+from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Refusal, Role
 from evenbits.environment import package_version
 from evenbits.errors import PluginError, SuiteError
 from evenbits.plugins import Provided, Registry
@@ -277,7 +277,11 @@ class Planner:
             return skip(f'needs a CUDA device, and the suite asks for "{self.suite.device}"', method.options)
         if needs.environment is not None:
             return skip(f"needs the environment {needs.environment!r}, which evenbits cannot make yet", method.options)
-        estimate: Estimate = _call(provided, "predict", (Estimate,), options, model.shapes)
+        # what a stage makes dense again costs what the stage says, and the method nothing
+        left = replace(model.shapes, layers=self._left(recovery, model))
+        estimate = Estimate(0.0, 0.0, {})
+        if left.layers:
+            estimate = _call(provided, "predict", (Estimate,), options, left)
         seeded = calibrated or compressor.stochastic
         for seed in self.suite.seeds if seeded else self.suite.seeds[:1]:
             self._add(
@@ -285,6 +289,14 @@ class Planner:
                 needs.statistics != "none", replace_bytes(estimate, extra),
             )  # fmt: skip
         return None
+
+    def _left(self, recovery: Sequence[Stage], model: PlannedModel) -> tuple[LayerShape, ...]:
+        """The layers that no recovery stage makes dense again."""
+        dense: set[str] = set()
+        for stage in recovery:
+            descriptor = self.registry.find("recoveries", stage.name, "recovery stage").value
+            dense.update(descriptor.dense(descriptor.options.model_validate(dict(stage.options)), model.shapes))
+        return tuple(layer for layer in model.shapes.layers if layer.name not in dense)
 
     def _recovery_bytes(self, recovery: Sequence[Stage], model: PlannedModel) -> dict[Role, int]:
         extra: dict[Role, int] = {}

@@ -4,7 +4,7 @@ train, and store the result as a new artifact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evenbits.artifact import Artifact, ArtifactWriter
-from evenbits.compressor import LayerCompressor, PackedLayer, RecoveryStage, Role, Shared
+from evenbits.artifact import Artifact, ArtifactWriter, dense_layer
+from evenbits.compressor import LayerCompressor, LayerShape, PackedLayer, RecoveryStage, Role, Shared
 from evenbits.driver import restore_layer, seeded_generator
 from evenbits.errors import TrialFailed
 from evenbits.manifest import ADAPTER_A, ADAPTER_B, Manifest, StoredLayer
 from evenbits.maths.hessian import relative_error
-from evenbits.models import build_model, guarded_randomness, load_tokenizer, open_model, read_weight
+from evenbits.models import build_model, guarded_randomness, load_tokenizer, open_model, read_weight, torch_dtype
 from evenbits.shapes import read_inventory
 
 SHARED = "shared/"
@@ -50,6 +50,7 @@ class OpenedArtifact:
         self.tokenizer = load_tokenizer(artifact.folder, trust_remote_code=artifact.manifest.trust_remote_code)
         self.parameters: dict[str, nn.Parameter] = {}
         self.adapters: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.adapter_dtypes: dict[str, torch.dtype] = {}
         self.layers: dict[str, tuple[StoredLayer, PackedLayer]] = {}
         self.shared: Shared | None = None if artifact.shared is None else _copy(artifact.shared)
         self._compressor = compressor
@@ -73,7 +74,9 @@ class OpenedArtifact:
             self._device
         )
         for name, (a, b) in artifact.adapters().items():
-            self.adapters[name] = (nn.Parameter(a.to(self._device)), nn.Parameter(b.to(self._device)))
+            # trained in float32, stored in what it was stored in
+            self.adapters[name] = (nn.Parameter(a.float().to(self._device)), nn.Parameter(b.float().to(self._device)))
+            self.adapter_dtypes[name] = a.dtype
         for name, (stored, packed) in self.layers.items():
             self._tune(stored, packed)
             module = model.get_submodule(name)
@@ -93,8 +96,12 @@ class OpenedArtifact:
             else:
                 self.parameters[f"{stored.name}/{key}"] = nn.Parameter(tensor.detach().float().to(self._device))
 
+    @property
+    def shapes(self) -> tuple[LayerShape, ...]:
+        return tuple(stored.shape for stored, _ in self.layers.values())
+
     def restore(self, name: str) -> Tensor:
-        """(out, in) float32, with the parameters in place of the tensors they stand for."""
+        """(out, in) float32, with the parameters in place of the tensors they stand for, and its adapter added."""
         stored, packed = self.layers[name]
         weight = restore_layer(self._compressor, self._with(f"{name}/", packed), stored.shape, self._shared_now())
         if name in self.adapters:
@@ -119,7 +126,7 @@ class OpenedArtifact:
         known = dict(self.model.named_parameters())
         return {name: known[name] for name in self._rest_names if name in known}
 
-    def add_adapter(self, layer: str, tensors: Mapping[str, Tensor]) -> None:
+    def add_adapter(self, layer: str, tensors: Mapping[str, Tensor], dtype: str | None = None) -> None:
         if layer not in self.layers:
             raise TrialFailed(f"{layer!r} is not a linear layer of this model")
         if layer in self.adapters:
@@ -132,6 +139,24 @@ class OpenedArtifact:
             a if isinstance(a, nn.Parameter) else nn.Parameter(a.to(self._device)),
             b if isinstance(b, nn.Parameter) else nn.Parameter(b.to(self._device)),
         )
+        self.adapter_dtypes[layer] = torch_dtype(dtype or self._dtype)
+
+    def merge_adapters(self, layers: Iterable[str]) -> None:
+        """Adapters become part of their weights, which are stored dense from then on, at the evaluated dtype.
+
+        Raises TrialFailed for a layer without an adapter, or whose sum is not finite at that dtype.
+        """
+        for name in layers:
+            if name not in self.adapters:
+                raise TrialFailed(f"{name}: has no adapter that could be merged")
+            with torch.no_grad():
+                packed = dense_layer(self.restore(name), torch_dtype(self._dtype))
+            if not bool(torch.isfinite(packed.tensors["weight"]).all()):
+                raise TrialFailed(f"{name}: with its adapter merged, the weight is not finite in {self._dtype}")
+            self.layers[name] = (self.layers[name][0].model_copy(update={"roles": packed.roles}), packed)
+            del self.adapters[name], self.adapter_dtypes[name]
+            for key in [key for key in self.parameters if key.startswith(f"{name}/")]:
+                del self.parameters[key]
 
     # -- what is stored ---------------------------------------------------------------------------------------
 
@@ -142,6 +167,14 @@ class OpenedArtifact:
             for key, tensor in packed.tensors.items()
         }
         return PackedLayer(tensors, packed.roles, packed.meta)
+
+    def stored_adapter(self, name: str) -> tuple[Tensor, Tensor]:
+        """(A, B) in the dtype they are stored in. Raises TrialFailed where that cannot hold them."""
+        dtype = self.adapter_dtypes[name]
+        a, b = (tensor.detach().to(dtype) for tensor in self.adapters[name])
+        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise TrialFailed(f"{name}: its adapter is not finite in {str(dtype).removeprefix('torch.')}")
+        return a, b
 
 
 def _copy(packed: PackedLayer) -> PackedLayer:
@@ -176,38 +209,52 @@ def _write(work: RecoveryWork, opened: OpenedArtifact, writer: ArtifactWriter, f
     inventory = read_inventory(work.base)
     weights = {layer.name: tensor for layer, tensor in inventory.layers}
     shared = None if opened.shared is None else opened.trained(SHARED, opened.shared)
-    adapter_dtype = next(iter(work.before.rest().values())).dtype
+    adapters = {name: opened.stored_adapter(name) for name in opened.adapters}
     layers = []
     for file in dict.fromkeys(layer.file for layer in manifest.layers):
-        for layer in manifest.layers:
-            if layer.file != file:
-                continue
-            packed = opened.trained(f"{layer.name}/", opened.layers[layer.name][1])
+        block = [opened.layers[layer.name] for layer in manifest.layers if layer.file == file]
+        for layer, before in block:
+            packed = opened.trained(f"{layer.name}/", before)
             restored = restore_layer(work.compressor, packed, layer.shape, shared)
-            if layer.name in opened.adapters:
-                a, b = opened.adapters[layer.name]
+            if layer.name in adapters:
+                a, b = adapters[layer.name]
                 restored = restored + (b.float() @ a.float()).to(restored.device)
             dense = read_weight(weights[layer.name], inventory.architecture)
             error = relative_error(dense, restored.cpu())
             # the statistics that the method saw are gone: the calibrated error is not known after tuning
             layers.append(layer.model_copy(update={"error": error, "calibrated_error": None}))
             writer.add_layer(layer.name, packed)
-        writer.flush_block(manifest.layers[[layer.file for layer in manifest.layers].index(file)].block)
+        writer.flush_block(block[0][0].block)
+    if all(layer.left_dense for layer in layers):
+        shared = None  # nothing is left that it would restore
     if shared is not None:
         writer.write_shared(shared)
     rest = work.before.rest()
     for name, parameter in opened.rest().items():
         rest[name] = parameter.detach().to(rest[name].dtype)
     writer.write("rest.safetensors", rest)
-    if opened.adapters:
-        adapters = {}
-        for name, (a, b) in opened.adapters.items():
-            adapters[f"{name}/{ADAPTER_A}"] = a.detach().to(adapter_dtype)
-            adapters[f"{name}/{ADAPTER_B}"] = b.detach().to(adapter_dtype)
-        writer.write("adapters.safetensors", adapters)
+    if adapters:
+        named = {f"{name}/{ADAPTER_A}": a for name, (a, _) in adapters.items()}
+        named |= {f"{name}/{ADAPTER_B}": b for name, (_, b) in adapters.items()}
+        writer.write("adapters.safetensors", named)
     writer.copy_base_files(work.base)
     kept = manifest.model_dump(exclude={"files", "layers", "schema_version"})
-    return writer.finish(**{**kept, **facts, "layers": tuple(layers), "shared": {} if shared is None else shared.roles})
+    found = {
+        "layers": tuple(layers),
+        "shared": {} if shared is None else shared.roles,
+        "paper_bits": _paper_bits(manifest, layers),
+    }
+    return writer.finish(**{**kept, **facts, **found})
+
+
+def _paper_bits(before: Manifest, layers: Sequence[StoredLayer]) -> float:
+    """The method's paper bits, with those of a dense weight for the layers that the stage made dense."""
+    merged = {layer.name for layer in layers if layer.left_dense}
+    merged -= {layer.name for layer in before.layers if layer.left_dense}
+    weights = sum(layer.shape.weights for layer in layers if layer.name in merged)
+    share = weights / sum(layer.shape.weights for layer in layers)
+    dense_bits = 8 * torch_dtype(before.dtype).itemsize
+    return before.paper_bits * (1 - share) + dense_bits * share
 
 
 class LeaveDense(LayerCompressor):

@@ -34,13 +34,28 @@ from evenbits.plugins import load_plugins
 from evenbits.testing import check_compressor, check_tunable, make_case
 
 COMPRESSORS = load_plugins().compressors
-# smaller than the default, which is made for real models
-SETTINGS = {"kmeans": {"codebook_size": 16, "d": 2}}
+# smaller than the defaults, which are made for real models; and the ways a plugin has that its default does not show
+_SMALL = {"d": 2, "codebook_size": 16, "epochs": 20, "batch": 1024}
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "kmeans": [{"codebook_size": 16, "d": 2}],
+    "pocketllm": [
+        {"state_bits": 6, "epochs": 2},
+        {"state_bits": 6, "epochs": 2, "feedback": False, "axis": "in", "scale_bits": 5, "decoder_scope": "matrix"},
+        {"codebook": "learned", "codebook_bits": 8, "init": "kmeans", "feedback": False, "state_bits": None,
+         "latent": None, "symbols": 0, **_SMALL},
+        {"recipe": "paper", **_SMALL},
+        {"recipe": "paper", "row_scales": True, "scope": "model", **_SMALL},
+        {"recipe": "paper", "rln": "none", "search": "weights", "feedback": True, **_SMALL},
+        {"recipe": "code", **_SMALL},
+    ],
+}
+CASES = [(name, settings) for name in COMPRESSORS for settings in SETTINGS.get(name, [{}])]
 
 
-@pytest.mark.parametrize("name", COMPRESSORS)
-def test_installed_compressors_keep_the_contract(name: str) -> None:
-    refused = check_compressor(COMPRESSORS[name].value, SETTINGS.get(name))
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
+def test_installed_compressors_keep_the_contract(name: str, settings: dict[str, Any]) -> None:
+    first = settings is SETTINGS.get(name, [settings])[0]
+    refused = check_compressor(COMPRESSORS[name].value, settings or None, fitted=first)
     # a shape may be refused only where it has fewer sub-vectors than a codebook has codewords
     assert set(refused) <= {(1, 33), (7, 16)}
 

@@ -318,3 +318,52 @@ def test_an_adapter_is_not_lost_to_a_second_one(tmp_path: Path) -> None:
     run_stage(Tune(adapter=LAYER["llama"]), tmp_path / "0", tmp_path / "1", base, tokens)
     with pytest.raises(TrialFailed, match=r"has an adapter from a stage before"):
         run_stage(Tune(adapter=LAYER["llama"]), tmp_path / "1", tmp_path / "2", base, tokens)
+
+
+class AddsHalf(Tune):
+    """An adapter that is asked to be stored in float16."""
+
+    def recover(self, work: TunableModel, generator: torch.Generator) -> None:
+        shape = next(shape for shape in work.shapes if shape.name == self.adapter)
+        a = torch.randn(2, shape.in_features, generator=generator)
+        b = torch.randn(shape.out_features, 2, generator=generator)
+        work.add_adapter(shape.name, {"A": a, "B": b}, dtype="float16")
+
+
+class Merges(Tune):
+    def recover(self, work: TunableModel, generator: torch.Generator) -> None:
+        work.merge_adapters([LAYER["llama"]])
+
+
+def test_adapters_keep_the_dtype_they_are_stored_in(tmp_path: Path) -> None:
+    """What is billed and what the error is of are the rounded adapters, and a later stage leaves them as they are."""
+    base = tiny_model(tmp_path / "base")
+    tokens = tiny_tokens(base, 4, 32)
+    facts = plan_model(ModelSource("tiny", base, "none"), "float32").facts
+    compress_model(RTN, OPTIONS, base, tmp_path / "0")
+    run_stage(AddsHalf(adapter=LAYER["llama"]), tmp_path / "0", tmp_path / "1", base, tokens)
+    run_stage(Tune(), tmp_path / "1", tmp_path / "2", base, tokens)
+    assert [measure_bits(tmp_path / name, facts).roles["adapter"] for name in "12"] == [2 * 2 * (48 + 88)] * 2
+    one, two = (Artifact(tmp_path / name).adapters()[LAYER["llama"]] for name in "12")
+    assert all(torch.equal(x, y) and x.dtype == y.dtype == torch.float16 for x, y in zip(one, two, strict=True))
+
+
+def test_a_merged_adapter_leaves_its_layer_dense(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base")
+    tokens = tiny_tokens(base, 4, 32)
+    facts = plan_model(ModelSource("tiny", base, "none"), "float32").facts
+    compress_model(RTN, OPTIONS, base, tmp_path / "0")
+    run_stage(AddsHalf(adapter=LAYER["llama"]), tmp_path / "0", tmp_path / "1", base, tokens)
+    after = run_stage(Merges(), tmp_path / "1", tmp_path / "2", base, tokens)
+    assert [layer.name for layer in after.layers if layer.left_dense] == [LAYER["llama"]]
+    assert "adapters.safetensors" not in after.files
+    weights = [load(tmp_path / name).get_parameter(LAYER["llama"] + ".weight") for name in "12"]
+    assert torch.equal(*weights)
+    one, two = (measure_bits(tmp_path / name, facts) for name in "12")
+    assert two.roles["dense"] == 4 * 48 * 88
+    assert "adapter" not in two.roles
+    assert two.roles["code"] < one.roles["code"]
+    assert two.left_dense == (LAYER["llama"],)
+    assert two.bits.paper > one.bits.paper
+    with pytest.raises(TrialFailed, match=r"^model\.layers\.1\.mlp\.down_proj: has no adapter that could be merged"):
+        run_stage(Merges(), tmp_path / "2", tmp_path / "3", base, tokens)

@@ -46,9 +46,7 @@ def unpack(packed: Tensor, width: int, count: int) -> Tensor:
     Raises ValueError for a width outside 1..16, a dtype other than uint8, or a length that is not
     ceil(count * width / 8).
     """
-    _check_width(width)
-    if packed.dtype != torch.uint8 or packed.ndim != 1:
-        raise ValueError(f"packed codes are one row of uint8, not {packed.dtype} of shape {tuple(packed.shape)}")
+    _check_packed(packed, width)
     if count < 0 or packed.numel() != packed_bytes(count, width):
         raise ValueError(
             f"{count} codes of {width} bits are {packed_bytes(max(count, 0), width)} bytes, not {packed.numel()}"
@@ -60,6 +58,49 @@ def unpack(packed: Tensor, width: int, count: int) -> Tensor:
         chunk = packed[first : first + packed_bytes(length, width)]
         codes[start : start + length] = _unpack_chunk(chunk, width)[:length]
     return codes
+
+
+def unpack_range(packed: Tensor, width: int, start: int, count: int) -> Tensor:
+    """Codes start to start + count - 1 of what `pack` made: int64 (count,), without unpacking the others.
+
+    Raises ValueError for a width outside 1..16, a dtype other than uint8, or a range that `packed` does not hold.
+    """
+    _check_packed(packed, width)
+    if start < 0 or count < 0 or packed_bytes(start + count, width) > packed.numel():
+        raise ValueError(f"{packed.numel()} bytes do not hold {count} codes of {width} bits from code {start} on")
+    if not count:
+        return torch.empty(0, dtype=torch.int64, device=packed.device)
+    ahead = start % 8  # eight codes end on a byte border
+    found = packed[packed_bytes(start - ahead, width) : packed_bytes(start + count, width)]
+    return unpack(found, width, ahead + count)[ahead:]
+
+
+def unpack_at(packed: Tensor, width: int, places: Tensor) -> Tensor:
+    """The codes at these places of what `pack` made: int64 of the shape of `places`, which are int64, in any order.
+
+    Raises ValueError for a width outside 1..16, a dtype other than uint8, or a place that `packed` does not hold.
+    """
+    _check_packed(packed, width)
+    if places.is_floating_point() or places.is_complex():
+        raise ValueError(f"places are integers, not {places.dtype}")
+    if not places.numel():
+        return torch.empty(places.shape, dtype=torch.int64, device=packed.device)
+    low, high = (int(bound) for bound in torch.aminmax(places))
+    if low < 0 or packed_bytes(high + 1, width) > packed.numel():
+        raise ValueError(f"{packed.numel()} bytes do not hold codes of {width} bits at places {low} to {high}")
+    bit = places.long() * width
+    byte, shift = bit >> 3, bit & 7
+    found = packed[byte].long()
+    for more in range(1, (width + 14) // 8):  # a code and the bits before it, at most 23, lie in so many bytes
+        # beyond the last byte there is nothing of the code
+        found |= packed[(byte + more).clamp_max_(packed.numel() - 1)].long() << 8 * more
+    return (found >> shift) & ((1 << width) - 1)
+
+
+def _check_packed(packed: Tensor, width: int) -> None:
+    _check_width(width)
+    if packed.dtype != torch.uint8 or packed.ndim != 1:
+        raise ValueError(f"packed codes are one row of uint8, not {packed.dtype} of shape {tuple(packed.shape)}")
 
 
 def _check_width(width: int) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evenbits.maths import bitpack
-from evenbits.maths.bitpack import pack, packed_bytes, unpack
+from evenbits.maths.bitpack import pack, packed_bytes, unpack, unpack_at, unpack_range
 
 
 def slow_pack(codes: list[int], width: int) -> list[int]:
@@ -74,3 +74,47 @@ def test_refuses_floats_and_wrong_lengths() -> None:
         unpack(torch.zeros(2, dtype=torch.int64), 3, 3)
     with pytest.raises(ValueError, match="1 to 16"):
         unpack(torch.zeros(2, dtype=torch.uint8), 0, 0)
+
+
+@given(coded(), st.data())
+@settings(max_examples=150, deadline=None)
+def test_parts_are_those_of_the_whole(case: tuple[list[int], int], data: st.DataObject) -> None:
+    codes, width = case
+    packed = pack(torch.tensor(codes, dtype=torch.int64), width)
+    start = data.draw(st.integers(0, len(codes)))
+    count = data.draw(st.integers(0, len(codes) - start))
+    assert unpack_range(packed, width, start, count).tolist() == codes[start : start + count]
+    places = data.draw(st.lists(st.integers(0, len(codes) - 1), max_size=20)) if codes else []
+    found = unpack_at(packed, width, torch.tensor(places, dtype=torch.int64))
+    assert found.tolist() == [codes[place] for place in places]
+
+
+@pytest.mark.parametrize("width", range(1, 17))
+def test_every_start_and_place(width: int) -> None:
+    codes = torch.randint(0, 2**width, (3, 11), generator=torch.Generator().manual_seed(width))
+    packed = pack(codes, width)
+    for start in range(33):
+        assert torch.equal(unpack_range(packed, width, start, 33 - start), codes.flatten()[start:])
+    places = torch.arange(33).reshape(3, 11).t()
+    found = unpack_at(packed, width, places)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, codes.t())
+
+
+def test_parts_refuse_what_is_not_there() -> None:
+    packed = pack(torch.tensor([1, 2, 3]), 3)  # 9 bits, 2 bytes
+    assert unpack_range(packed, 3, 3, 0).tolist() == []
+    for start, count in ((-1, 1), (0, -1), (4, 2)):
+        with pytest.raises(ValueError, match="2 bytes do not hold"):
+            unpack_range(packed, 3, start, count)
+    for place in (-1, 5):
+        with pytest.raises(ValueError, match="2 bytes do not hold"):
+            unpack_at(packed, 3, torch.tensor([0, place]))
+    with pytest.raises(ValueError, match="places are integers"):
+        unpack_at(packed, 3, torch.tensor([0.0]))
+    with pytest.raises(ValueError, match="uint8"):
+        unpack_range(packed.long(), 3, 0, 1)
+    with pytest.raises(ValueError, match="uint8"):
+        unpack_at(packed[None], 3, torch.tensor([0]))
+    with pytest.raises(ValueError, match="1 to 16 bits"):
+        unpack_at(packed, 17, torch.tensor([0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evenbits.maths.nearest import FAISS_NUMBERS, nearest, squared_distances
+from evenbits.maths.nearest import FAISS_NUMBERS, _nearest_faiss, nearest, squared_distances
 
 
 def brute_force(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
@@ -26,6 +26,31 @@ def test_agrees_with_brute_force(d: int, large: bool) -> None:
     # near-ties may fall either way in float32; the distance found may not
     torch.testing.assert_close(squared_distances(vectors, centres, codes), best, rtol=1e-5, atol=1e-6)
     assert (codes == ideal).float().mean() > 0.9999
+
+
+@pytest.mark.parametrize(("count", "d", "centres"), [(9001, 4, 256), (4096, 8, 300), (16_384, 2, 256), (2500, 24, 256)])
+def test_padded_to_what_faiss_is_fast_from(count: int, d: int, centres: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a quarter of that many numbers and all: the zeros added are no answers, and neither path is wrong."""
+    asked: list[int] = []
+
+    def spy(vectors: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        asked.append(vectors.shape[0])
+        return _nearest_faiss(vectors, places)
+
+    monkeypatch.setattr("evenbits.maths.nearest._nearest_faiss", spy)
+    vectors = torch.randn(count, d, generator=torch.Generator().manual_seed(d)) + 2
+    places = torch.randn(centres, d, generator=torch.Generator().manual_seed(d + 1))
+    codes = nearest(vectors, places)
+    assert asked == [-(-FAISS_NUMBERS // d)]
+    assert codes.shape == (count,)
+    torch.testing.assert_close(
+        squared_distances(vectors, places, codes),
+        squared_distances(vectors, places, brute_force(vectors, places)),
+        rtol=1e-5, atol=1e-6,
+    )  # fmt: skip
+    asked.clear()
+    nearest(vectors, places[:255])
+    assert not asked
 
 
 def test_chunks_agree_with_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,141 @@
+"""Ours: search all indices for the decoder at hand, fit the decoder to what its codewords stand for, and again.
+
+Lloyd's algorithm, with the exact trellis search in place of the nearest codeword and a network in place of the table
+of means; without a network it is Lloyd's algorithm itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evenbits.maths.nearest import nearest
+from evenbits.maths.trellis import Trellis, states
+from evenbits_pocketllm.computed import computed_codewords
+from evenbits_pocketllm.decoding import decoder_network, decoder_table, latent_numbers, symbol_numbers
+from evenbits_pocketllm.network import initial
+from evenbits_pocketllm.options import PocketOptions
+
+_SMALL = 0.2
+_STEPS = 60  # Adam steps of the decoder between two searches
+_TABLE_NEAREST = 4096  # from so many codewords on, a search without a window ignores the weights of entries
+
+
+@dataclass
+class Fitted:
+    """codebook: (2^window_bits, latent) float32, None where it is computed; decoder: flat float32, or None."""
+
+    codebook: Tensor | None
+    decoder: Tensor | None
+    history: list[float]  # mean squared error before each fit
+
+
+class Searcher:
+    """Exact search of indices for one decoded table (2^window_bits, d)."""
+
+    def __init__(self, table: Tensor, options: PocketOptions) -> None:
+        self.table, self.options = table, options
+        self._plain = not options.windowed and (options.d == 1 or table.shape[0] >= _TABLE_NEAREST)
+        self._trellis = None if self._plain else Trellis(table, options.index_bits)
+
+    def __call__(self, lines: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """lines (n, chunks, d), weights (n, chunks, d) -> indices (n, chunks), and what they decode to.
+
+        The weight of a sub-vector is the mean of its entries' weights.
+        """
+        if self._trellis is None:
+            indices = nearest(lines.reshape(-1, lines.shape[2]), self.table).reshape(lines.shape[:2])
+            return indices, self.table[indices]
+        symbols = self._trellis.search(lines, None if weights is None else weights.mean(2))
+        return symbols, self.table[states(symbols, self.options.index_bits, self.options.window_bits)]
+
+
+def fit_alternating(lines: Tensor, options: PocketOptions, generator: torch.Generator) -> Fitted:
+    """Decoder (and stored codebook, if it is learned) for lines (n, chunks, d) of sub-vectors, in float32.
+
+    Rounds: `options.epochs`. The decoder starts as the identity on its first d inputs, with small random units beside;
+    a learned codebook starts as normal deviates (init = normal), uniform ones, or random sub-vectors (init = kmeans).
+    """
+    codebook = None if options.codebook == "computed" else _start(lines, options, generator)
+    words = computed_codewords(options.window_bits, latent_numbers(options)) if codebook is None else codebook
+    words = words.to(lines.device)
+    decoder = _identity(options, generator).to(lines.device) if options.decoder == "mlp" else None
+    history: list[float] = []
+    if decoder is None:
+        for _ in range(options.epochs if codebook is not None else 0):
+            mass, means, error = _assign(lines, words, options)
+            history.append(error)
+            words = torch.where((mass > 0)[:, None], means, words)
+        return Fitted(None if codebook is None else words, None, history)
+    learned = [decoder.requires_grad_()] + ([words.clone().requires_grad_()] if codebook is not None else [])
+    optimiser = torch.optim.Adam(learned, lr=options.learning_rate)
+    for turn in range(options.epochs):
+        for group in optimiser.param_groups:
+            group["lr"] = options.learning_rate * _rate(options.schedule, turn, options.epochs)
+        current = learned[1] if codebook is not None else words
+        with torch.no_grad():
+            table = decoder_table(options, current, decoder)
+        mass, means, error = _assign(lines, table, options)
+        history.append(error)
+        share = (mass / mass.sum())[:, None]
+        with torch.enable_grad():
+            for _ in range(_STEPS):
+                optimiser.zero_grad()
+                loss = (share * (decoder_table(options, current, decoder) - means).square()).sum()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+    return Fitted(None if codebook is None else learned[1].detach(), decoder.detach(), history)
+
+
+def _assign(lines: Tensor, table: Tensor, options: PocketOptions) -> tuple[Tensor, Tensor, float]:
+    """Members and their mean for each state of the window, and the mean squared error of what was found."""
+    symbols, decoded = Searcher(table, options)(lines)
+    state = states(symbols, options.index_bits, options.window_bits).flatten()
+    count = table.shape[0]
+    mass = torch.bincount(state, minlength=count).to(lines.dtype)
+    sums = torch.zeros_like(table).index_add_(0, state, lines.flatten(0, 1))
+    return mass, sums / mass.clamp_min(1)[:, None], float((lines - decoded).square().mean())
+
+
+def _rate(schedule: str, turn: int, turns: int) -> float:
+    """Share of the learning rate in a round; a cosine ends above zero, so that the last round still counts."""
+    if schedule == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * turn / turns) + 0.02
+    return 0.1 ** (turn // 15) if schedule == "step" else 1.0
+
+
+def _start(lines: Tensor, options: PocketOptions, generator: torch.Generator) -> Tensor:
+    shape = (1 << options.window_bits, latent_numbers(options))
+    if options.init == "kmeans":
+        picked = torch.randint(lines.shape[0] * lines.shape[1], (shape[0],), generator=generator)
+        return lines.flatten(0, 1)[picked.to(lines.device)].clone()
+    made = torch.rand(shape, generator=generator) if options.init == "uniform" else None
+    return (torch.randn(shape, generator=generator) if made is None else made).to(lines.device)
+
+
+def _identity(options: PocketOptions, generator: torch.Generator) -> Tensor:
+    """Flat parameters of a decoder that returns its first d inputs, but for small random terms; then the latents.
+
+    x = gelu(x) - gelu(-x), so two hidden numbers of the last unit carry each output exactly; the others start small.
+    """
+    network = decoder_network(options, 0)
+    flat = initial(network, generator, "decoder")
+    parts = network.views(flat)
+    for unit in range(1, network.units):
+        parts[f"unit{unit}.out.weight"].mul_(_SMALL)
+        parts[f"unit{unit}.out.bias"].zero_()
+    enter, leave = parts["unit0.in.weight"], parts["unit0.out.weight"]
+    leave.mul_(_SMALL)
+    parts["unit0.out.bias"].zero_()
+    for k in range(min(options.d, network.inputs, network.hidden // 2)):
+        pair = slice(2 * k, 2 * k + 2)
+        enter[pair] = 0.0
+        parts["unit0.in.bias"][pair] = 0.0
+        leave[:, pair] = 0.0
+        enter[pair, k] = torch.tensor([1.0, -1.0])
+        leave[k, pair] = torch.tensor([1.0, -1.0])
+    latents = 0.5 * torch.randn(symbol_numbers(options), generator=generator)
+    return torch.cat([flat, latents])

@@ -1,0 +1,177 @@
+"""Choice of settings for a bit budget: the recipe's own knobs, by the distortion expected of them; no torch.
+
+Expected distortions rank settings and promise nothing. Their factors stand in the table below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from pydantic import ValidationError
+
+from evenbits.budget import BitBudget
+from evenbits.compressor import ModelShapes, Refusal
+from evenbits.errors import SuiteError
+from evenbits_pocketllm.cost import Census, codebook_group, estimate, geometry, take_census
+from evenbits_pocketllm.options import PocketOptions
+
+# Error over the rate-distortion limit of a Gaussian by memory: the window's bits beyond the newest index. Measured at
+# 2 bits and d = 1; the first is Lloyd-Max. Interpolated in its logarithm.
+_MEMORY = ((0, 1.88), (6, 1.31), (8, 1.245), (10, 1.19), (12, 1.16), (14, 1.12))
+_DIMENSION = 1.3  # bits of memory that a further weight per index is worth: d = 2, b = 4, L = 12 measured 1.21
+# Second moments per dimension of the best lattices known: Conway and Sloane, Sphere Packings, table 2.3
+_LATTICE = {1: 0.08333, 2: 0.08019, 3: 0.07854, 4: 0.07660, 5: 0.07563, 6: 0.07424, 7: 0.07312, 8: 0.07168,
+            10: 0.07081, 12: 0.07010, 16: 0.06830}  # fmt: skip
+# Factors on the error
+_SCALE_BITS = {16: 1.0, 8: 1.001, 6: 1.003, 5: 1.006, 4: 1.012}
+_DECODER_SCOPE = {"model": 1.0, "kind": 0.99, "matrix": 0.985}  # of a small decoder against one for the model
+_HIDDEN = {16: 1.0, 8: 1.005}
+_SHARED = {"matrix": 1.0, "kind": 1.013, "model": 1.025}  # codebook; rows scaled to one size
+_SHARED_RAW = {"matrix": 1.0, "kind": 1.05, "model": 1.10}  # codebook; matrices differ in scale
+_INT8_ERROR = 1e-4  # (step of a codebook that spans +- 4.5 deviations in 255 levels)^2 / 12
+
+# What is tried, by recipe; the recipe's own value is tried first, so that it wins ties
+_WINDOW_D = tuple(range(1, 9))
+_WINDOW_BITS = tuple(range(1, 9))
+_PLAIN_D = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+_PLAIN_BITS = tuple(range(1, 17))
+_SCOPES = ("matrix", "kind", "model")
+
+
+def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> PocketOptions | Refusal:
+    """The settings of the recipe in `fixed` ("evenbits" without one) that expect the least distortion in the budget.
+
+    What `fixed` names stays as it is. evenbits tries d, K, bits of row scales, and size and scope of its decoder;
+    paper and code try d, K, and one scope for codebook and decoder (a decoder with gains and biases stays with its
+    matrix). No stored codebook has more codewords than it has sub-vectors to code.
+    Raises SuiteError for an unknown or wrong fixed option.
+    """
+    try:
+        base = PocketOptions.model_validate(dict(fixed))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SuiteError(f"option {where}: {first['msg']}" if where else first["msg"]) from None
+    census = take_census(base, shapes)
+    if all(base.of(layer) is None for layer, _ in census.sorts):
+        return Refusal("every layer is left dense by parts: there is nothing to fit")
+    best: tuple[float, float, PocketOptions] | None = None
+    near: dict[bool, tuple[float, PocketOptions]] = {}  # the nearest outside the budget, below (False) and above
+    starved = 0
+    for options in _candidates(base, fixed):
+        if _starved(options, census):
+            starved += 1
+            continue
+        bits = budget.bits(estimate(options, census), shapes)
+        if bits in budget:
+            rank = expected_distortion(options, census)
+            if best is None or (rank, bits) < best[:2]:
+                best = (rank, bits, options)
+        else:
+            side = bits > budget.centre
+            if side not in near or abs(bits - budget.centre) < abs(near[side][0] - budget.centre):
+                near[side] = (bits, options)
+    if best is not None:
+        return best[2]
+    reason = f"no setting of recipe {base.recipe} within {budget}"
+    if near:
+        reason += "; nearest: " + ", ".join(f"{bits:.3f} with {_brief(o)}" for _, (bits, o) in sorted(near.items()))
+    if starved:
+        reason += f"; {starved} more have more codewords than a codebook has sub-vectors to code"
+    return Refusal(reason)
+
+
+def expected_distortion(options: PocketOptions, census: Census) -> float:
+    """Mean squared error per unit variance, if weights were Gaussian, averaged over the compressed weights."""
+    total = weights = 0.0
+    for layer, count in census.sorts:
+        settings = options.of(layer)
+        if settings is not None:
+            total += count * layer.weights * _distortion(settings)
+            weights += count * layer.weights
+    return total / weights
+
+
+def _distortion(settings: PocketOptions) -> float:
+    """4^-R at R = log2(K) / d bits, which no quantiser beats on Gaussian data, times the loss on it.
+
+    A window loses by its memory (the table above). A plain codebook of d dimensions loses 2 pi G_d ((d+2)/d)^((d+2)/2):
+    Zador's formula with the lattice constant G_d.
+    """
+    d, bits = settings.d, settings.index_bits
+    if settings.window_bits > bits:
+        loss = _window_loss(settings.window_bits, bits, d)
+    else:
+        lattice = _LATTICE[max(known for known in _LATTICE if known <= d)]
+        loss = 2 * math.pi * lattice * ((d + 2) / d) ** ((d + 2) / 2)
+    error = loss * math.pow(4.0, -bits / d) * _SCALE_BITS[settings.scale_bits]
+    if settings.decoder == "mlp":
+        error *= _DECODER_SCOPE[settings.decoder_scope] * _HIDDEN.get(settings.hidden, 1.0)
+    if settings.codebook == "learned":
+        error *= (_SHARED if settings.row_scales else _SHARED_RAW)[settings.scope]
+        error += _INT8_ERROR if settings.codebook_bits == 8 else 0.0
+    return error
+
+
+def _window_loss(window: int, bits: int, d: int) -> float:
+    """Interpolated; never as if a window of the same bits saw more than with one weight an index."""
+    memory = min(window - bits + _DIMENSION * (d - 1), window - bits / d)
+    (low, above), (high, below) = next(
+        (pair for pair in pairwise(_MEMORY) if memory <= pair[1][0]), (_MEMORY[-2], _MEMORY[-1])
+    )
+    slope = math.log(below / above) / (high - low)
+    return max(1.0, above * math.exp(slope * (memory - low)))
+
+
+def _candidates(base: PocketOptions, fixed: Mapping[str, Any]) -> Iterator[PocketOptions]:
+    """Settings of the recipe that go together; the recipe's own values first."""
+
+    def tried(name: str, values: Iterable[Any]) -> tuple[Any, ...]:
+        own = getattr(base, name)
+        return (own,) if name in fixed else (own, *(value for value in values if value != own))
+
+    if base.recipe == "evenbits":
+        lengths, widths = tried("d", _WINDOW_D), _WINDOW_BITS
+        shapings = [
+            {"scale_bits": bits, "decoder_scope": scope, "hidden": hidden}
+            for bits in (tried("scale_bits", _SCALE_BITS) if base.row_scales else (base.scale_bits,))
+            for scope in (tried("decoder_scope", _SCOPES) if base.decoder == "mlp" else (base.decoder_scope,))
+            for hidden in (tried("hidden", _HIDDEN) if base.decoder == "mlp" else (base.hidden,))
+        ]
+    else:
+        lengths, widths = tried("d", _PLAIN_D), _PLAIN_BITS
+        scopes = (base.scope,) if base.affine else tried("scope", _SCOPES)
+        follows = "decoder_scope" not in fixed and not base.affine
+        shapings = [{"scope": scope, "decoder_scope": scope if follows else base.decoder_scope} for scope in scopes]
+    plain = base.model_dump()
+    for d in lengths:
+        for size in tried("codebook_size", (1 << bits for bits in widths)):
+            for shaping in shapings:
+                try:
+                    yield PocketOptions.model_validate({**plain, "d": d, "codebook_size": size, **shaping})
+                except ValidationError:
+                    continue  # some settings exclude each other: a window shorter than the index, say
+
+
+def _starved(options: PocketOptions, census: Census) -> bool:
+    """Whether a stored codebook has more codewords than its layers have sub-vectors."""
+    if options.codebook == "computed":
+        return False
+    vectors: Counter[str] = Counter()
+    codewords = {}
+    for layer, count in census.sorts:
+        settings = options.of(layer)
+        if settings is not None:
+            name = codebook_group(options, layer)
+            vectors[name] += geometry(settings, layer).vectors * (1 if options.scope == "matrix" else count)
+            codewords[name] = 1 << settings.window_bits
+    return any(codewords[name] > found for name, found in vectors.items())
+
+
+def _brief(options: PocketOptions) -> str:
+    names = ("d", "codebook_size", "scope", "decoder_scope", "scale_bits", "hidden")
+    return ", ".join(f"{name}={getattr(options, name)}" for name in names)

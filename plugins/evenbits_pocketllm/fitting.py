@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from evenbits.budget import BitBudget
-from evenbits.compressor import ModelShapes, Refusal
+from evenbits.compressor import ModelShapes, Refusal, Role
 from evenbits.errors import SuiteError
 from evenbits_pocketllm.cost import Census, codebook_group, estimate, geometry, take_census
-from evenbits_pocketllm.options import PocketOptions
+from evenbits_pocketllm.options import Part, PocketOptions
 
 # Error over the rate-distortion limit of a Gaussian by memory: the window's bits beyond the newest index. Measured at
 # 2 bits and d = 1; the first is Lloyd-Max. Interpolated in its logarithm.
@@ -27,12 +27,15 @@ _DIMENSION = 1.3  # bits of memory that a further weight per index is worth: d =
 _LATTICE = {1: 0.08333, 2: 0.08019, 3: 0.07854, 4: 0.07660, 5: 0.07563, 6: 0.07424, 7: 0.07312, 8: 0.07168,
             10: 0.07081, 12: 0.07010, 16: 0.06830}  # fmt: skip
 # Factors on the error
-_SCALE_BITS = {16: 1.0, 8: 1.001, 6: 1.003, 5: 1.006, 4: 1.012}
-_DECODER_SCOPE = {"model": 1.0, "kind": 0.99, "matrix": 0.985}  # of a small decoder against one for the model
-_HIDDEN = {16: 1.0, 8: 1.005}
+# (scales, scopes and widths: GPT-2's attention matrices at 2 bits, python tests/benchmarks/attention.py)
+_SCALE_BITS = {16: 1.0, 8: 1.002, 6: 1.004, 5: 1.006, 4: 1.0085}
+_DECODER_SCOPE = {"model": 1.0, "kind": 0.993, "matrix": 0.991}  # of a small decoder against one for the model
+_HIDDEN = {16: 1.0, 8: 1.002}
 _SHARED = {"matrix": 1.0, "kind": 1.013, "model": 1.025}  # codebook; rows scaled to one size
 _SHARED_RAW = {"matrix": 1.0, "kind": 1.05, "model": 1.10}  # codebook; matrices differ in scale
 _INT8_ERROR = 1e-4  # (step of a codebook that spans +- 4.5 deviations in 255 levels)^2 / 12
+
+_UNUSED = 0.15  # bits between those of the indices and the end of the window, from which on kinds are mixed
 
 # What is tried, by recipe; the recipe's own value is tried first, so that it wins ties
 _WINDOW_D = tuple(range(1, 9))
@@ -45,9 +48,11 @@ _SCOPES = ("matrix", "kind", "model")
 def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> PocketOptions | Refusal:
     """The settings of the recipe in `fixed` ("evenbits" without one) that expect the least distortion in the budget.
 
-    What `fixed` names stays as it is. evenbits tries d, K, bits of row scales, and size and scope of its decoder;
-    paper and code try d, K, and one scope for codebook and decoder (a decoder with gains and biases stays with its
-    matrix). No stored codebook has more codewords than it has sub-vectors to code.
+    What `fixed` names stays as it is. evenbits tries d, K, bits of row scales, and size and scope of its decoder,
+    where what is stored beside the indices must earn its bits at 6 dB a bit; paper and code try d, K, and one scope
+    for codebook and decoder (a decoder with gains and biases stays with its matrix). Where that leaves much of the
+    window unused, the smaller kinds of layers get twice the codewords, as the paper must have mixed for its 2.98 and
+    3.98 bits. No stored codebook has more codewords than it has sub-vectors to code.
     Raises SuiteError for an unknown or wrong fixed option.
     """
     try:
@@ -59,30 +64,73 @@ def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Poc
     census = take_census(base, shapes)
     if all(base.of(layer) is None for layer, _ in census.sorts):
         return Refusal("every layer is left dense by parts: there is nothing to fit")
-    best: tuple[float, float, PocketOptions] | None = None
-    near: dict[bool, tuple[float, PocketOptions]] = {}  # the nearest outside the budget, below (False) and above
-    starved = 0
+    search = _Choice(budget, shapes)
     for options in _candidates(base, fixed):
+        search.consider(options, census)
+    short = search.best is None or budget.upper - search.best[2].index_bits / search.best[2].d > _UNUSED
+    if short and not {"parts", "codebook_size"} & fixed.keys():
+        for parts in _richer_kinds(shapes):
+            mixed = base.model_copy(update={"parts": parts})
+            census = take_census(mixed, shapes)
+            for options in _candidates(mixed, fixed):
+                search.consider(_doubled(options), census)
+    return search.best[2] if search.best is not None else search.refusal(base.recipe)
+
+
+class _Choice:
+    """The best of the settings considered that lie in a budget, and the nearest of those that do not."""
+
+    def __init__(self, budget: BitBudget, shapes: ModelShapes) -> None:
+        self._budget, self._shapes = budget, shapes
+        self.best: tuple[float, float, PocketOptions] | None = None
+        self._near: dict[bool, tuple[float, PocketOptions]] = {}  # below (False) and above
+        self._starved = 0
+
+    def consider(self, options: PocketOptions, census: Census) -> None:
         if _starved(options, census):
-            starved += 1
-            continue
-        bits = budget.bits(estimate(options, census), shapes)
-        if bits in budget:
-            rank = expected_distortion(options, census)
-            if best is None or (rank, bits) < best[:2]:
-                best = (rank, bits, options)
-        else:
-            side = bits > budget.centre
-            if side not in near or abs(bits - budget.centre) < abs(near[side][0] - budget.centre):
-                near[side] = (bits, options)
-    if best is not None:
-        return best[2]
-    reason = f"no setting of recipe {base.recipe} within {budget}"
-    if near:
-        reason += "; nearest: " + ", ".join(f"{bits:.3f} with {_brief(o)}" for _, (bits, o) in sorted(near.items()))
-    if starved:
-        reason += f"; {starved} more have more codewords than a codebook has sub-vectors to code"
-    return Refusal(reason)
+            self._starved += 1
+            return
+        found = estimate(options, census)
+        bits = self._budget.bits(found, self._shapes)
+        if bits not in self._budget:
+            side = bits > self._budget.centre
+            if side not in self._near or abs(bits - self._budget.centre) < abs(
+                self._near[side][0] - self._budget.centre
+            ):
+                self._near[side] = (bits, options)
+            return
+        rank = expected_distortion(options, census)
+        if options.recipe == "evenbits":
+            # scales and decoders must be worth their bits, though the window has room for them
+            beside = sum(count for role, count in found.role_bytes.items() if role not in (Role.CODE, Role.DENSE))
+            rank *= math.pow(4.0, 8 * beside / census.weights)
+        if self.best is None or (rank, bits) < self.best[:2]:
+            self.best = (rank, bits, options)
+
+    def refusal(self, recipe: str) -> Refusal:
+        reason = f"no setting of recipe {recipe} within {self._budget}"
+        if self._near:
+            near = sorted(self._near.items())
+            reason += "; nearest: " + ", ".join(f"{bits:.3f} with {_brief(o)}" for _, (bits, o) in near)
+        if self._starved:
+            reason += f"; {self._starved} more have more codewords than a codebook has sub-vectors to code"
+        return Refusal(reason)
+
+
+def _richer_kinds(shapes: ModelShapes) -> Iterator[tuple[Part, ...]]:
+    """The smallest kind of layers, the two smallest, and so on, all but the last; `_doubled` gives them their K."""
+    weights: Counter[str] = Counter()
+    for layer in shapes.layers:
+        weights[layer.kind] += layer.weights
+    kinds = sorted(weights, key=lambda kind: (weights[kind], kind))
+    for count in range(1, len(kinds)):
+        yield (Part(kinds=tuple(kinds[:count])),)
+
+
+def _doubled(options: PocketOptions) -> PocketOptions:
+    """The parts with twice the codewords of the rest."""
+    parts = tuple(part.model_copy(update={"codebook_size": 2 * options.codebook_size}) for part in options.parts)
+    return options.model_copy(update={"parts": parts})
 
 
 def expected_distortion(options: PocketOptions, census: Census) -> float:

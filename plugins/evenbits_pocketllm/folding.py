@@ -45,7 +45,7 @@ class Folded:
 def fold(
     decoder: GroupDecoder,
     how: How = "fitted",
-    rescale: Rescale = "gain",
+    rescale: Rescale = "by number",
     scale: Tensor | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> Folded | Refusal:
@@ -55,7 +55,7 @@ def fold(
              the exact weights by least squares, for the indices at hand; codewords that no index names decode as with
              constant statistics, or to zero with affine gains.
     rescale  a gain per group, also an offset, or both for each of the d numbers, by least squares against the exact
-             weights.
+             weights. By number, 64 d bits are held for each group: little only where its sub-vectors are many.
     scale    (out,) row scales; errors count as they are in the restored weight, what is padding not at all.
 
     Gains and biases of the normalisations (affine) belong to places of a group: no mean stands for them, and "mean"

@@ -6,7 +6,6 @@ import json
 import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -165,13 +164,13 @@ def test_groups_cover_the_layers_and_name_what_differs() -> None:
         *(f"mlp.{x}_proj" for x in ("gate", "up", "down")), *(f"mlp.{x}_proj.d3k32" for x in ("gate", "up", "down")),
     }  # fmt: skip
     assert {group.name for group in decoder_groups(options, shapes)} == {"model", "model.d3k32"}
-    left = [layer for layer in shapes.layers if layer.block not in (0, 5)]
+    left = [layer for layer in shapes.layers if layer.block not in (0, 4)]
     for group in books.values():
         assert all(codebook_group(options, layer) == group.name for layer in group.layers)
-        assert len({(s.d, s.codebook_size) for layer in group.layers if (s := options.of(layer, 6))}) == 1
+        assert len({(s.d, s.codebook_size) for layer in group.layers if (s := options.of(layer))}) == 1
     assert sorted(x.name for g in books.values() for x in g.layers) == sorted(x.name for x in left)
     with pytest.raises(ValueError, match="left dense"):
-        decoder_group(options, shapes.layers[0], 6)
+        decoder_group(options, shapes.layers[0])
     assert decoder_groups(options_of(decoder="none", latent=1, symbols=0), shapes) == ()
 
 
@@ -303,10 +302,8 @@ CASES = [
 @pytest.mark.parametrize(("shapes", "budget"), CASES, ids=lambda case: str(getattr(case, "weights", case)))
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fit_stays_inside_the_budget(recipe: str, shapes: ModelShapes, budget: BitBudget) -> None:
-    start = time.process_time()
     chosen = fit(budget, shapes, {"recipe": recipe})
-    assert time.process_time() - start < 2  # some 0.25 s; every planned trial waits for it
-    if recipe == "code" and shapes is STORIES:  # gains and biases alone: 4 bits a weight where lines have 64
+    if recipe == "code" and shapes is STORIES and budget.centre < 4:  # gains and biases alone are nearly 4 bits a weight
         assert isinstance(chosen, Refusal)
         assert "nearest" in chosen.reason
         return
@@ -442,3 +439,17 @@ def test_learned_latents_of_indices_are_billed() -> None:
     network = decoder_network(options, 0)
     assert network.inputs == 2 + 2 * 3
     assert decoder_numbers(options, [matrix(10, 7)]) == network.parameters + 16 * 3
+
+
+@pytest.mark.parametrize("centre", [2.25, 3.25, 4.25, 4.6])
+def test_kinds_are_mixed_where_no_single_rate_uses_the_window(centre: float) -> None:
+    """No index of a small d has a quarter of a bit: some kinds take one bit more, and the window is used."""
+    budget = BitBudget(centre, 0.1)
+    mixed = fit(budget, BABY, {})
+    assert isinstance(mixed, PocketOptions)
+    assert mixed.parts[0].codebook_size == 2 * mixed.codebook_size
+    single = fit(budget, BABY, {"parts": ()})
+    assert not single or predict(single, BABY).index_bits < predict(mixed, BABY).index_bits
+    plain = fit(BitBudget(2.05, 0.05), BABY, {})
+    assert isinstance(plain, PocketOptions)
+    assert plain.parts == ()

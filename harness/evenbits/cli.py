@@ -179,7 +179,7 @@ def _planned(trial: Any) -> tuple[str, ...]:
         f"{bits.linear if bits else 8 * facts.linear_bytes / facts.linear_weights:.4f}",
         f"{bits.model if bits else 8 * facts.model_bytes / facts.parameters:.4f}",
         f"{trial.predicted_bytes or facts.model_bytes:,}",
-        " ".join(f"{key}={value}" for key, value in trial.options.items() if value is not None),
+        " ".join(f"{key}={value}" for key in trial.shown if (value := trial.options[key]) is not None),
     )
 
 

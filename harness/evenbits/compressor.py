@@ -42,6 +42,10 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def shown(self) -> tuple[str, ...]:
+        """Names of the options that a table shows: all, unless a method has too many to read."""
+        return tuple(type(self).model_fields)
+
 
 OptionsT = TypeVar("OptionsT", bound=Options)
 

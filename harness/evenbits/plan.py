@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evenbits.budget import BitBudget
-from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Refusal, Role
+from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Options, Refusal, Role
 from evenbits.environment import package_version
 from evenbits.errors import PluginError, SuiteError
 from evenbits.plugins import Provided, Registry
@@ -74,6 +74,7 @@ class Trial:
     label: str
     distribution: str
     options: Mapping[str, Any]
+    shown: tuple[str, ...]  # the options that a table shows
     budget: BitBudget | None
     seed: int
     recovery: tuple[Stage, ...]
@@ -236,7 +237,7 @@ class Planner:
         for stages in ((), *self.suite.dense_recovery):
             recovery = _stages(self.registry, "recoveries", "recovery stage", stages)
             for seed in self.suite.seeds if recovery else self.suite.seeds[:1]:
-                self._add(model, DENSE, DENSE, None, {}, None, seed, recovery, False, None)
+                self._add(model, DENSE, DENSE, None, None, None, seed, recovery, False, None)
 
     def _method(self, model: PlannedModel, method: MethodSpec, budget: BitBudget | None) -> None:
         provided: Provided[Compressor] = self.registry.find("compressors", method.name, "method")
@@ -285,7 +286,7 @@ class Planner:
         seeded = calibrated or compressor.stochastic
         for seed in self.suite.seeds if seeded else self.suite.seeds[:1]:
             self._add(
-                model, method.name, label, provided, options.model_dump(mode="json"), budget, seed, recovery,
+                model, method.name, label, provided, options, budget, seed, recovery,
                 needs.statistics != "none", replace_bytes(estimate, extra),
             )  # fmt: skip
         return None
@@ -313,7 +314,7 @@ class Planner:
         method: str,
         label: str,
         provided: Provided[Compressor] | None,
-        options: Mapping[str, Any],
+        chosen: Options | None,
         budget: BitBudget | None,
         seed: int,
         recovery: tuple[Stage, ...],
@@ -322,6 +323,7 @@ class Planner:
     ) -> None:
         """`statistics`: whether the method itself looks at calibration data; a recovery stage always does."""
         calibration = self.calibration(seed) if statistics or recovery else None
+        options = {} if chosen is None else chosen.model_dump(mode="json")
         chain: list[str] = []
         if provided is not None or recovery:
             facts: dict[str, Any] = {
@@ -350,6 +352,7 @@ class Planner:
             label=label,
             distribution=provided.distribution if provided else "",
             options=options,
+            shown=() if chosen is None else chosen.shown(),
             budget=budget,
             seed=seed,
             recovery=recovery,

@@ -121,6 +121,7 @@ class Record(_Frozen):
     distribution: str = ""
     label: str = Field(default="", description="the suite's name for this entry; the method's where it gives none")
     options: dict[str, Any] = {}
+    shown: tuple[str, ...] = Field(default=(), description="the options that a table shows; all where there are none")
     budget: BudgetFacts | None = None
     within_budget: bool | None = None
     seed: int = 0

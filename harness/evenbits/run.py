@@ -320,6 +320,7 @@ def _identity(trial: Trial) -> dict[str, Any]:
         "distribution": trial.distribution,
         "label": trial.label,
         "options": dict(trial.options),
+        "shown": trial.shown,
         "budget": budget_facts(trial.budget),
         "seed": trial.seed,
         "recovery": names(trial.recovery),

@@ -221,7 +221,7 @@ def _section(rows: Sequence[Row], columns: Sequence[Column]) -> Section:
 
 def _with_settings(rows: Sequence[Row]) -> list[Row]:
     """Name each row's settings shortly: what differs between rows of one name comes first."""
-    flat = [{k: v for k, v in flatten(row.options).items() if v != "null"} for row in rows]
+    flat = [{k: v for k, v in flatten(_shown(row)).items() if v != "null"} for row in rows]
     named: list[Row] = []
     for row, own in zip(rows, flat, strict=True):
         peers = [f for other, f in zip(rows, flat, strict=True) if other.name == row.name]
@@ -229,6 +229,11 @@ def _with_settings(rows: Sequence[Row]) -> list[Row]:
         keys = [*varying, *(k for k in own if k not in varying)]
         named.append(replace(row, settings=" ".join(_setting(k, own[k]) for k in keys)))
     return named
+
+
+def _shown(row: Row) -> Mapping[str, Any]:
+    names = row.records[0].shown or row.options
+    return {name: row.options[name] for name in names if name in row.options}
 
 
 def _setting(key: str, value: str) -> str:

@@ -73,7 +73,8 @@ def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Poc
             mixed = base.model_copy(update={"parts": parts})
             census = take_census(mixed, shapes)
             for options in _candidates(mixed, fixed):
-                search.consider(_doubled(options), census)
+                if (doubled := _doubled(options)) is not None:
+                    search.consider(doubled, census)
     return search.best[2] if search.best is not None else search.refusal(base.recipe)
 
 
@@ -127,10 +128,13 @@ def _richer_kinds(shapes: ModelShapes) -> Iterator[tuple[Part, ...]]:
         yield (Part(kinds=tuple(kinds[:count])),)
 
 
-def _doubled(options: PocketOptions) -> PocketOptions:
-    """The parts with twice the codewords of the rest."""
+def _doubled(options: PocketOptions) -> PocketOptions | None:
+    """The parts with twice the codewords of the rest; None where an index cannot have the bit."""
     parts = tuple(part.model_copy(update={"codebook_size": 2 * options.codebook_size}) for part in options.parts)
-    return options.model_copy(update={"parts": parts})
+    try:
+        return PocketOptions.model_validate({**options.model_dump(), "parts": [part.model_dump() for part in parts]})
+    except ValidationError:
+        return None
 
 
 def expected_distortion(options: PocketOptions, census: Census) -> float:

@@ -45,7 +45,7 @@ class PocketOptions(Options):
     d: int = Field(default=4, ge=1, le=64, description="weights per sub-vector")
     codebook_size: int = Field(default=256, ge=2, le=1 << 16, description="K, a power of two: log2 K bits an index")
     state_bits: int | None = Field(
-        default=None, ge=1, le=20,
+        default=None, ge=1, le=16,
         description="the decoder reads the last so many bits of the line's indices, around its end, and there are as "
         "many codewords as these have values; null: the bits of the index itself",
     )  # fmt: skip
@@ -131,6 +131,8 @@ class PocketOptions(Options):
             raise ValueError("state_bits beyond the index: training = alternating is needed")
         if self.symbols and self.training != "alternating":
             raise ValueError("symbols: learned latents of indices have no encoder; give training = alternating")
+        if self.windowed and max(self._widths()) > 8:
+            raise ValueError(f"codebook_size: an index in a window has at most 8 bits, not {max(self._widths())}")
         if self.codebook == "computed" and self.training != "alternating":
             raise ValueError("codebook = computed has no encoder; give training = alternating")
         apart = self.decoder == "mlp" and self.codebook == "learned" and self.scope != self.decoder_scope
@@ -145,6 +147,12 @@ class PocketOptions(Options):
         if not self.row_scales and (self.scale_bits != 16 or self.refit_scales):
             raise ValueError("scale_bits and refit_scales need row_scales")
         return self
+
+    def shown(self) -> tuple[str, ...]:
+        """The recipe, d and K, and what differs from the recipe."""
+        plain = type(self)(recipe=self.recipe)
+        changed = (name for name in type(self).model_fields if getattr(self, name) != getattr(plain, name))
+        return tuple(dict.fromkeys(("recipe", "d", "codebook_size", *changed)))
 
     def _widths(self) -> list[int]:
         sizes = [self.codebook_size, *(part.codebook_size for part in self.parts if part.codebook_size)]

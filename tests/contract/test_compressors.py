@@ -41,8 +41,16 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "pocketllm": [
         {"state_bits": 6, "epochs": 2},
         {"state_bits": 6, "epochs": 2, "feedback": False, "axis": "in", "scale_bits": 5, "decoder_scope": "matrix"},
-        {"codebook": "learned", "codebook_bits": 8, "init": "kmeans", "feedback": False, "state_bits": None,
-         "latent": None, "symbols": 0, **_SMALL},
+        {
+            "codebook": "learned",
+            "codebook_bits": 8,
+            "init": "kmeans",
+            "feedback": False,
+            "state_bits": None,
+            "latent": None,
+            "symbols": 0,
+            **_SMALL,
+        },
         {"recipe": "paper", **_SMALL},
         {"recipe": "paper", "row_scales": True, "scope": "model", **_SMALL},
         {"recipe": "paper", "rln": "none", "search": "weights", "feedback": True, **_SMALL},

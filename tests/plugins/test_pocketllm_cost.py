@@ -303,7 +303,9 @@ CASES = [
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fit_stays_inside_the_budget(recipe: str, shapes: ModelShapes, budget: BitBudget) -> None:
     chosen = fit(budget, shapes, {"recipe": recipe})
-    if recipe == "code" and shapes is STORIES and budget.centre < 4:  # gains and biases alone are nearly 4 bits a weight
+    if (
+        recipe == "code" and shapes is STORIES and budget.centre < 4
+    ):  # gains and biases alone are nearly 4 bits a weight
         assert isinstance(chosen, Refusal)
         assert "nearest" in chosen.reason
         return

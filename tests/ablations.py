@@ -1,0 +1,255 @@
+"""Write a page of tables and verdicts in results/ablation/ from the records of ablation suites.
+
+    for suite in suites/ablation/pocketllm_*.toml; do evenbits run $suite; done
+    python tests/ablations.py suites/ablation/pocketllm_*.toml
+
+Every number and every verdict is computed from records; a suite's text is its own leading comment. Trials without a
+result are named. Claims are questions (ablation_claims.toml); `evenbits.verdict` answers, and where it compares nothing
+(more bits, another recovery stage) the same paired test on the numbers alone, which then says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from evenbits.errors import SuiteError
+from evenbits.plugins import load_plugins
+from evenbits.record import Record
+from evenbits.report_text import format_number
+from evenbits.rows import Cell, Column, Row
+from evenbits.statistics import paired_difference
+from evenbits.store import Results
+from evenbits.suite import Suite, read_suite
+from evenbits.tables import gather
+from evenbits.verdict import verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+CLAIMS = Path(__file__).with_name("ablation_claims.toml")
+TITLE = "Ablations of PocketLLM on the reference model"
+INTRODUCTION = """\
+Written by `python tests/ablations.py suites/ablation/pocketllm_*.toml` from the records of these suites. The first row
+after the dense model is a table's base. Linear bits: every stored byte of the linear layers, per weight. Of several
+seeds the mean stands, and [least, most]. ln rise: logarithm of the number over the dense model's. Weight error: squared
+error over squared weights, the mean over compressed layers; calibrated error: the same weighted by the second moment of
+the inputs, for methods that read it.
+
+A verdict needs a paired test over the test documents (p <= 0.05) and no overlap between seeds, at no more bits and
+equal tuning. Beside it stands the ratio of the two mean errors, calibrated where both have it, and in how many layers
+the first's is lower. Documents are not training runs: with one or two seeds, what those leave to chance is hardly
+tested."""
+
+
+class Claim(BaseModel):
+    """What is said, and the rows that decide it: the first against each other one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str
+    ahead: str
+    behind: tuple[str, ...]
+
+
+Claims = Mapping[str, Sequence[Claim]]  # by name of suite
+
+
+def read_claims(path: Path = CLAIMS) -> Claims:
+    return {
+        name: [Claim.model_validate(found) for found in claims]
+        for name, claims in tomllib.loads(path.read_text()).items()
+    }
+
+
+def row_name(row: Row) -> str:
+    return " + ".join((row.name, *row.recovery))
+
+
+def comment(text: str) -> str:
+    """The comment that a suite begins with, as one paragraph."""
+    lines = text.splitlines()
+    end = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return " ".join(line.lstrip("# ") for line in lines[:end])
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean, and the range where there is one."""
+    mean, low, high = (number(value) for value in (float(np.mean(values)), min(values), max(values)))
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def number(value: float) -> str:
+    """Four digits behind the point while there are few before it: perplexities of one model lie close."""
+    return f"{value:.4f}" if 0.01 <= abs(value) < 100 else format_number(value)
+
+
+def layer_errors(record: Record, *, calibrated: bool) -> dict[str, float]:
+    """Relative squared error of each compressed layer's weights; calibrated: of those layers that have it."""
+    assert record.ledger is not None
+    found = {
+        layer.name: layer.calibrated_error if calibrated else layer.error
+        for layer in record.layers
+        if layer.name not in record.ledger.left_dense
+    }
+    return {name: error for name, error in found.items() if error is not None}
+
+
+def mean_errors(row: Row, *, calibrated: bool) -> list[float]:
+    """By seed, the mean over compressed layers; of no seed where layers lack it."""
+    found = [layer_errors(r, calibrated=calibrated) for r in row.records if r.ledger is not None and r.layers]
+    plain = [layer_errors(r, calibrated=False) for r in row.records if r.ledger is not None and r.layers]
+    if any(len(errors) < len(all_of) for errors, all_of in zip(found, plain, strict=True)):
+        return []
+    return [float(np.mean(list(errors.values()))) for errors in found if errors]
+
+
+def error_ratio(a: Row, b: Row) -> str:
+    """Mean error of a over b's, and in how many layers a's is lower; nothing after different tuning or for unlike
+    layers."""
+    if a.stage_key != b.stage_key or a.method == "dense" or b.method == "dense":
+        return ""
+    calibrated = bool(mean_errors(a, calibrated=True) and mean_errors(b, calibrated=True))
+    means = []
+    for row in (a, b):
+        by_seed = [layer_errors(record, calibrated=calibrated) for record in row.records]
+        means.append({name: float(np.mean([errors[name] for errors in by_seed])) for name in by_seed[0]})
+    first, second = means
+    if first.keys() != second.keys() or not first:
+        return ""
+    ratio = sum(first.values()) / sum(second.values())
+    lower = sum(first[name] < second[name] for name in first)
+    return f"{ratio:.3f}, lower in {lower} of {len(first)}{' (calibrated)' if calibrated else ''}"
+
+
+def compressed_share(row: Row) -> float:
+    ledger = row.records[0].ledger
+    return ledger.compressed_weights / row.model.linear_weights if ledger is not None else 0.0
+
+
+def outcome(a: Row, b: Row, column: Column) -> str:
+    """What may be said of a against b; where that is nothing, how far the numbers themselves are apart."""
+    found = verdict(a, b, column)
+    if found.outcome != "not comparable":
+        return f"{found.outcome} ({found.reason})"
+    cells = a.cells.get(column.key), b.cells.get(column.key)
+    if cells[0] is None or cells[1] is None or cells[0].items is None or cells[1].items is None:
+        return f"not comparable ({found.reason})"
+    return f"{_numbers(cells[0], cells[1], column)}, at unlike terms: {found.reason}"
+
+
+def _numbers(a: Cell, b: Cell, column: Column) -> str:
+    assert a.items is not None
+    assert b.items is not None
+    test = paired_difference(a.items.mean(axis=0), b.items.mean(axis=0), a.transform or "mean")
+    apart = max(a.by_seed) < min(b.by_seed) or max(b.by_seed) < min(a.by_seed)
+    if not test.p_value <= 0.05 or not apart:
+        return f"numbers not distinguishable (p = {test.p_value:.3g}{'' if apart else ', the seeds overlap'})"
+    return f"number {'lower' if a.value < b.value else 'higher'} (p = {test.p_value:.3g})"
+
+
+def judged(claim: Claim, rows: Mapping[str, Row], column: Column) -> Iterator[tuple[str, ...]]:
+    """One line of the table of verdicts for each row that the claim names and the run has."""
+    for other in claim.behind:
+        a, b = rows.get(claim.ahead), rows.get(other)
+        if a is None or b is None:
+            missing = claim.ahead if a is None else other
+            yield claim.text, claim.ahead, other, f"not run: {missing}", ""
+            continue
+        numbers = [f"{name} ({_value(row, column)})" for name, row in ((claim.ahead, a), (other, b))]
+        yield claim.text, *numbers, outcome(a, b, column), error_ratio(a, b)
+
+
+def _value(row: Row, column: Column) -> str:
+    cell = row.cells.get(column.key)
+    return "none" if cell is None else number(cell.value)
+
+
+def lines_of(rows: Sequence[Row], column: Column) -> Iterator[tuple[str, ...]]:
+    """The suite's table: bits, the metric, errors of the weights, and what is compressed where rows differ in that."""
+    tuned = [row for row in rows if row.method != "dense"]
+    partial = len({round(compressed_share(row), 6) for row in tuned}) > 1
+    dense = next((row for row in rows if row.method == "dense" and not row.recovery), None)
+    base = dense.cells.get(column.key) if dense is not None else None
+    extra = ("compressed", "ln rise", "per compressed share") if partial else ("ln rise",)
+    yield ("", "seeds", "index bits", "linear bits", column.name, *extra, "weight error", "calibrated error")
+    for row in rows:
+        cell = row.cells.get(column.key)
+        rise = math.log(cell.value / base.value) if cell is not None and base is not None else math.nan
+        share = compressed_share(row)
+        more = (f"{share:.3f}", f"{rise:.4f}", f"{rise / share:.4f}" if share else "") if partial else (f"{rise:.4f}",)
+        errors, calibrated = (mean_errors(row, calibrated=which) for which in (False, True))
+        yield (
+            row_name(row), str(len(row.records)), f"{row.bits.index:.3f}", f"{row.bits.linear:.4f}",
+            "" if cell is None else spread(cell.by_seed), *more,
+            *(spread(found) if found else "" for found in (errors, calibrated)),
+        )  # fmt: skip
+
+
+def markdown(lines: Iterable[Sequence[str]], words: int) -> str:
+    """A table whose first so many columns are words."""
+    head, *body = [tuple(cell.replace("|", "\\|") for cell in line) for line in lines]
+    rule = tuple(":--" if number < words else "--:" for number in range(len(head)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
+def missing(suite: Suite, records: Sequence[Record]) -> Iterator[str]:
+    """The suite's entries without a finished trial for some of their seeds."""
+    done = {(r.label or r.method, r.recovery, r.seed) for r in records if r.status == "done"}
+    failed = {(r.label or r.method, r.recovery, r.seed): r.failure.message for r in records if r.failure is not None}
+    for method in suite.methods:
+        stages = tuple(stage.name for stage in method.recovery)
+        for seed in suite.seeds:
+            key = method.shown, stages, seed
+            if key not in done:
+                yield f"{' + '.join((method.shown, *stages))}, seed {seed}: {failed.get(key, 'not run')}"
+
+
+def section(path: Path, suite: Suite, results: Results, claims: Sequence[Claim]) -> str:
+    """Heading, the suite's own words, its table and verdicts; what has no record is named."""
+    parts = [f"## {suite.description or suite.name}", f"`{path.as_posix()}`. {comment(path.read_text())}".strip()]
+    try:
+        records, folders = results.records(suite.name)
+    except SuiteError:
+        return "\n\n".join([*parts, "**Not run.**"])
+    for model in gather(records, folders).models:
+        column = next((column for column in model.columns if column.quality), None)
+        if column is None:
+            continue
+        order = {record.trial: number for number, record in enumerate(records)}
+        found = [*model.dense, *(row for part in model.sections for row in (*part.rows, *part.outside))]
+        found.sort(key=lambda row: (row.method != "dense", min(order[record.trial] for record in row.records)))
+        parts.append(markdown(lines_of(found, column), 1))
+        rows = {row_name(row): row for row in found}
+        lines = [line for claim in claims for line in judged(claim, rows, column)]
+        if lines:
+            parts.append(markdown([("claim", "the first", "against", "verdict on the first", "errors"), *lines], 5))
+    absent = [f"- {line}" for line in missing(suite, records)]
+    return "\n\n".join([*parts, *(["Without a result:", "\n".join(absent)] if absent else [])])
+
+
+def page(suites: Sequence[Path], results: Results, claims: Claims) -> str:
+    registry = load_plugins()
+    registry.collect_all()
+    read = [(path, read_suite(path, registry)) for path in suites]
+    parts = [section(path, suite, results, claims.get(suite.name, ())) for path, suite in read]
+    return "\n\n".join([f"# {TITLE}", INTRODUCTION, *parts]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="tables and verdicts of ablation suites")
+    parser.add_argument("suites", nargs="+", type=Path)
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the records")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "ablation" / "pocketllm.md")
+    given = parser.parse_args()
+    text = page(given.suites, Results(given.results), read_claims())
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -52,6 +52,7 @@ BUDGETS = (1.0, 2.0, 3.0, 4.0, 8.0)
 ALL_BUT_FIRST = SHAPES[1:]
 OUTLIER = 1e4
 ROUNDS_TO_ZERO = 1e-6
+LINEAR_ERROR = 1e-8  # of the outputs' energy: float32 sums in another order
 
 
 # -- what the checks run on ----------------------------------------------------------------------------------
@@ -283,6 +284,21 @@ def check_tunable(descriptor: Compressor, options: Options, case: Case) -> None:
         assert bool((grad != 0).any()), f"{descriptor.name}: the gradient of {name!r} is zero everywhere"
 
 
+def check_linear(descriptor: Compressor, options: Options, case: Case) -> None:
+    """A fused path computes what the restored weight does, or is refused with a reason."""
+    compressor, packed, shared, restored = run_case(descriptor, options, case)
+    module = compressor.linear(packed, case.shape, shared, torch.device("cpu"))
+    if isinstance(module, Refusal):
+        assert module.reason, f"{descriptor.name}: `linear` is refused without a reason"
+        return
+    with torch.no_grad():
+        difference = relative_error(case.inputs @ restored.T, module(case.inputs))
+    assert difference <= LINEAR_ERROR, (
+        f"{descriptor.name}: `linear` differs from the restored weight by {difference:g} of its outputs' energy; "
+        "both must decode the same"
+    )
+
+
 def check_extremes(descriptor: Compressor, options: Options, rows: int = 64, columns: int = 128) -> None:
     """An all-zero weight restores to zeros; with one huge outlier the error stays below the weight."""
     restored = run_case(descriptor, options, make_case(rows, columns, fill="zero"))[3]
@@ -447,6 +463,7 @@ def check_compressor(
                 check_restore(descriptor, plain, case)
                 check_tunable(descriptor, plain, case)
                 check_round_trip(descriptor, plain, case, folder)
+                check_linear(descriptor, plain, case)
             check_extremes(descriptor, plain)
             check_cuda(descriptor, plain, make_case(*SHAPES[0]))
             for setting in settings[1:]:

@@ -73,6 +73,11 @@ def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Poc
             mixed = base.model_copy(update={"parts": parts})
             census = take_census(mixed, shapes)
             for options in _candidates(mixed, fixed):
+                bits = options.index_bits
+                if budget.on == "linear" and not (
+                    bits / options.d <= budget.upper and bits + 1 >= budget.lower * options.d
+                ):
+                    continue
                 if (doubled := _doubled(options)) is not None:
                     search.consider(doubled, census)
     return search.best[2] if search.best is not None else search.refusal(base.recipe)

@@ -105,6 +105,15 @@ class Byte(Half):
         return {}
 
 
+class OtherLinear(Byte):
+    def linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        module = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        module.weight = nn.Parameter(1.01 * self.restore(packed, layer, shared))
+        return module
+
+
 def predict_byte(options: Options, shapes: ModelShapes) -> Estimate:
     return Estimate(8.0, 8.0, {Role.CODE: shapes.weights, Role.SCALE: 4 * len(shapes.layers)})
 
@@ -232,6 +241,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("fits everything", {"fit": fit_too_much}, "fit chose 8.0"),
     ("refuses mutely", {"fit": fit_mute}, "without a reason"),
     ("predicts less", {"predict": predict_less}, "predict says"),
+    ("computes something else", {"make": lambda options: OtherLinear()}, "both must decode the same"),
 ]
 
 

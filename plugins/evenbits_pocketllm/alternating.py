@@ -21,7 +21,8 @@ from evenbits_pocketllm.options import PocketOptions
 
 _SMALL = 0.2
 _STEPS = 60  # Adam steps of the decoder between two searches
-_TABLE_NEAREST = 4096  # from so many codewords on, a search without a window ignores the weights of entries
+_SHORT = 96  # sub-vectors of a line up to which a second pass round it pays (maths.trellis)
+_MOST_WEIGHED = 256  # codewords up to which a search without a window heeds the weights of entries
 
 
 @dataclass
@@ -38,18 +39,16 @@ class Searcher:
 
     def __init__(self, table: Tensor, options: PocketOptions) -> None:
         self.table, self.options = table, options
-        self._plain = not options.windowed and (options.d == 1 or table.shape[0] >= _TABLE_NEAREST)
+        self._plain = not options.windowed and (options.d == 1 or table.shape[0] > _MOST_WEIGHED)
         self._trellis = None if self._plain else Trellis(table, options.index_bits)
 
     def __call__(self, lines: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """lines (n, chunks, d), weights (n, chunks, d) -> indices (n, chunks), and what they decode to.
-
-        The weight of a sub-vector is the mean of its entries' weights.
-        """
+        """lines (n, chunks, d), weights (1 or n, chunks, d) -> indices (n, chunks), and what they decode to."""
         if self._trellis is None:
             indices = nearest(lines.reshape(-1, lines.shape[2]), self.table).reshape(lines.shape[:2])
             return indices, self.table[indices]
-        symbols = self._trellis.search(lines, None if weights is None else weights.mean(2))
+        passes = 2 if lines.shape[1] <= _SHORT else 1
+        symbols = self._trellis.search(lines, weights, passes=passes)
         return symbols, self.table[states(symbols, self.options.index_bits, self.options.window_bits)]
 
 

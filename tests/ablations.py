@@ -43,7 +43,7 @@ the inputs, for methods that read it.
 A verdict needs a paired test over the test documents (p <= 0.05) and no overlap between seeds, at no more bits and
 equal tuning. Beside it stands the ratio of the two mean errors, calibrated where both have it, and in how many layers
 the first's is lower. Documents are not training runs: with one or two seeds, what those leave to chance is hardly
-tested."""
+tested, and many rows are asked of the same documents."""
 
 
 class Claim(BaseModel):
@@ -57,6 +57,9 @@ class Claim(BaseModel):
 
 
 Claims = Mapping[str, Sequence[Claim]]  # by name of suite
+Line = tuple[str, ...]
+VERDICTS = ("claim", "the first", "against", "verdict on the first", "errors")
+PAPER = "the paper:"  # so begin its own claims
 
 
 def read_claims(path: Path = CLAIMS) -> Claims:
@@ -100,18 +103,18 @@ def layer_errors(record: Record, *, calibrated: bool) -> dict[str, float]:
 
 
 def mean_errors(row: Row, *, calibrated: bool) -> list[float]:
-    """By seed, the mean over compressed layers; of no seed where layers lack it."""
-    found = [layer_errors(r, calibrated=calibrated) for r in row.records if r.ledger is not None and r.layers]
-    plain = [layer_errors(r, calibrated=False) for r in row.records if r.ledger is not None and r.layers]
-    if any(len(errors) < len(all_of) for errors, all_of in zip(found, plain, strict=True)):
+    """By seed, the mean over compressed layers; none where a layer lacks it, and after a recovery stage, which moves
+    weights on purpose."""
+    records = [record for record in row.records if record.ledger is not None and record.layers and not row.recovery]
+    found = [layer_errors(record, calibrated=calibrated) for record in records]
+    if any(len(errors) < len(layer_errors(r, calibrated=False)) for errors, r in zip(found, records, strict=True)):
         return []
     return [float(np.mean(list(errors.values()))) for errors in found if errors]
 
 
 def error_ratio(a: Row, b: Row) -> str:
-    """Mean error of a over b's, and in how many layers a's is lower; nothing after different tuning or for unlike
-    layers."""
-    if a.stage_key != b.stage_key or a.method == "dense" or b.method == "dense":
+    """Mean error of a over b's, and in how many layers a's is lower; nothing where one has none, or unlike layers."""
+    if not mean_errors(a, calibrated=False) or not mean_errors(b, calibrated=False):
         return ""
     calibrated = bool(mean_errors(a, calibrated=True) and mean_errors(b, calibrated=True))
     means = []
@@ -119,7 +122,7 @@ def error_ratio(a: Row, b: Row) -> str:
         by_seed = [layer_errors(record, calibrated=calibrated) for record in row.records]
         means.append({name: float(np.mean([errors[name] for errors in by_seed])) for name in by_seed[0]})
     first, second = means
-    if first.keys() != second.keys() or not first:
+    if first.keys() != second.keys():
         return ""
     ratio = sum(first.values()) / sum(second.values())
     lower = sum(first[name] < second[name] for name in first)
@@ -139,10 +142,11 @@ def outcome(a: Row, b: Row, column: Column) -> str:
     cells = a.cells.get(column.key), b.cells.get(column.key)
     if cells[0] is None or cells[1] is None or cells[0].items is None or cells[1].items is None:
         return f"not comparable ({found.reason})"
-    return f"{_numbers(cells[0], cells[1], column)}, at unlike terms: {found.reason}"
+    return f"{_numbers(cells[0], cells[1])}, at unlike terms: {found.reason}"
 
 
-def _numbers(a: Cell, b: Cell, column: Column) -> str:
+def _numbers(a: Cell, b: Cell) -> str:
+    """The test that `verdict` makes, of the numbers alone."""
     assert a.items is not None
     assert b.items is not None
     test = paired_difference(a.items.mean(axis=0), b.items.mean(axis=0), a.transform or "mean")
@@ -152,7 +156,7 @@ def _numbers(a: Cell, b: Cell, column: Column) -> str:
     return f"number {'lower' if a.value < b.value else 'higher'} (p = {test.p_value:.3g})"
 
 
-def judged(claim: Claim, rows: Mapping[str, Row], column: Column) -> Iterator[tuple[str, ...]]:
+def judged(claim: Claim, rows: Mapping[str, Row], column: Column) -> Iterator[Line]:
     """One line of the table of verdicts for each row that the claim names and the run has."""
     for other in claim.behind:
         a, b = rows.get(claim.ahead), rows.get(other)
@@ -169,7 +173,7 @@ def _value(row: Row, column: Column) -> str:
     return "none" if cell is None else number(cell.value)
 
 
-def lines_of(rows: Sequence[Row], column: Column) -> Iterator[tuple[str, ...]]:
+def lines_of(rows: Sequence[Row], column: Column) -> Iterator[Line]:
     """The suite's table: bits, the metric, errors of the weights, and what is compressed where rows differ in that."""
     tuned = [row for row in rows if row.method != "dense"]
     partial = len({round(compressed_share(row), 6) for row in tuned}) > 1
@@ -184,7 +188,8 @@ def lines_of(rows: Sequence[Row], column: Column) -> Iterator[tuple[str, ...]]:
         more = (f"{share:.3f}", f"{rise:.4f}", f"{rise / share:.4f}" if share else "") if partial else (f"{rise:.4f}",)
         errors, calibrated = (mean_errors(row, calibrated=which) for which in (False, True))
         yield (
-            row_name(row), str(len(row.records)), f"{row.bits.index:.3f}", f"{row.bits.linear:.4f}",
+            row_name(row), str(len(row.records)),
+            "" if row.method == "dense" else f"{row.bits.index:.3f}", f"{row.bits.linear:.4f}",
             "" if cell is None else spread(cell.by_seed), *more,
             *(spread(found) if found else "" for found in (errors, calibrated)),
         )  # fmt: skip
@@ -209,35 +214,37 @@ def missing(suite: Suite, records: Sequence[Record]) -> Iterator[str]:
                 yield f"{' + '.join((method.shown, *stages))}, seed {seed}: {failed.get(key, 'not run')}"
 
 
-def section(path: Path, suite: Suite, results: Results, claims: Sequence[Claim]) -> str:
-    """Heading, the suite's own words, its table and verdicts; what has no record is named."""
+def section(path: Path, suite: Suite, results: Results, claims: Sequence[Claim]) -> tuple[str, list[Line]]:
+    """Heading, the suite's own words, its table and verdicts, which are also returned; what has no record is named."""
     parts = [f"## {suite.description or suite.name}", f"`{path.as_posix()}`. {comment(path.read_text())}".strip()]
     try:
         records, folders = results.records(suite.name)
     except SuiteError:
-        return "\n\n".join([*parts, "**Not run.**"])
+        return "\n\n".join([*parts, "**Not run.**"]), []
+    order = {record.trial: number for number, record in enumerate(records)}
+    lines: list[Line] = []
     for model in gather(records, folders).models:
         column = next((column for column in model.columns if column.quality), None)
         if column is None:
             continue
-        order = {record.trial: number for number, record in enumerate(records)}
         found = [*model.dense, *(row for part in model.sections for row in (*part.rows, *part.outside))]
         found.sort(key=lambda row: (row.method != "dense", min(order[record.trial] for record in row.records)))
-        parts.append(markdown(lines_of(found, column), 1))
         rows = {row_name(row): row for row in found}
         lines = [line for claim in claims for line in judged(claim, rows, column)]
-        if lines:
-            parts.append(markdown([("claim", "the first", "against", "verdict on the first", "errors"), *lines], 5))
+        parts += [markdown(lines_of(found, column), 1), *([markdown([VERDICTS, *lines], 5)] if lines else [])]
     absent = [f"- {line}" for line in missing(suite, records)]
-    return "\n\n".join([*parts, *(["Without a result:", "\n".join(absent)] if absent else [])])
+    return "\n\n".join([*parts, *(["Without a result:", "\n".join(absent)] if absent else [])]), lines
 
 
 def page(suites: Sequence[Path], results: Results, claims: Claims) -> str:
+    """Verdicts on the paper's own claims first, then a section for each suite."""
     registry = load_plugins()
     registry.collect_all()
     read = [(path, read_suite(path, registry)) for path in suites]
-    parts = [section(path, suite, results, claims.get(suite.name, ())) for path, suite in read]
-    return "\n\n".join([f"# {TITLE}", INTRODUCTION, *parts]) + "\n"
+    found = [section(path, suite, results, claims.get(suite.name, ())) for path, suite in read]
+    paper = [line for _, lines in found for line in lines if line[0].startswith(PAPER)]
+    first = ["## The paper's claims", markdown([VERDICTS, *paper], 5)] if paper else []
+    return "\n\n".join([f"# {TITLE}", INTRODUCTION, *first, *(text for text, _ in found)]) + "\n"
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evenbits.errors import TrialFailed
 from evenbits.maths.nearest import nearest
 from evenbits.maths.trellis import Trellis, states
 from evenbits_pocketllm.computed import computed_codewords
@@ -22,7 +23,7 @@ from evenbits_pocketllm.options import PocketOptions
 _SMALL = 0.2
 _STEPS = 60  # Adam steps of the decoder between two searches
 _SHORT = 96  # sub-vectors of a line up to which a second pass round it pays (maths.trellis)
-_MOST_WEIGHED = 256  # codewords up to which a search without a window heeds the weights of entries
+_DISTANCES = 1 << 22  # float32 distances at a time
 
 
 @dataclass
@@ -39,24 +40,43 @@ class Searcher:
 
     def __init__(self, table: Tensor, options: PocketOptions) -> None:
         self.table, self.options = table, options
-        self._plain = not options.windowed and (options.d == 1 or table.shape[0] > _MOST_WEIGHED)
-        self._trellis = None if self._plain else Trellis(table, options.index_bits)
+        self._trellis = Trellis(table, options.index_bits) if options.windowed else None
+
+    def states(self, indices: Tensor) -> Tensor:
+        """Row of the table that each index (n, chunks) of a line stands for."""
+        if self._trellis is None:
+            return indices
+        return states(indices, self.options.index_bits, self.options.window_bits)
 
     def __call__(self, lines: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """lines (n, chunks, d), weights (1 or n, chunks, d) -> indices (n, chunks), and what they decode to."""
-        if self._trellis is None:
-            indices = nearest(lines.reshape(-1, lines.shape[2]), self.table).reshape(lines.shape[:2])
-            return indices, self.table[indices]
-        passes = 2 if lines.shape[1] <= _SHORT else 1
-        symbols = self._trellis.search(lines, weights, passes=passes)
-        return symbols, self.table[states(symbols, self.options.index_bits, self.options.window_bits)]
+        if self._trellis is not None:
+            indices = self._trellis.search(lines, weights, passes=2 if lines.shape[1] <= _SHORT else 1)
+        elif weights is None or self.options.d == 1:
+            indices = nearest(lines.flatten(0, 1), self.table).reshape(lines.shape[:2])
+        else:
+            indices = _nearest_weighted(lines, weights.expand_as(lines), self.table)
+        return indices, self.table[self.states(indices)]
+
+
+def _nearest_weighted(lines: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    """argmin over k of sum_i w_i (x_i - t_ki)^2, (n, chunks); in parts, since all distances do not fit."""
+    flat, weight = lines.flatten(0, 1), weights.flatten(0, 1)
+    found = torch.empty(flat.shape[0], dtype=torch.int64, device=flat.device)
+    step = max(1, _DISTANCES // table.shape[0])
+    for start in range(0, flat.shape[0], step):
+        part = slice(start, start + step)
+        distances = weight[part] @ table.square().t() - 2 * (weight[part] * flat[part]) @ table.t()
+        found[part] = distances.argmin(1)
+    return found.reshape(lines.shape[:2])
 
 
 def fit_alternating(lines: Tensor, options: PocketOptions, generator: torch.Generator) -> Fitted:
     """Decoder (and stored codebook, if it is learned) for lines (n, chunks, d) of sub-vectors, in float32.
 
     Rounds: `options.epochs`. The decoder starts as the identity on its first d inputs, with small random units beside;
-    a learned codebook starts as normal deviates (init = normal), uniform ones, or random sub-vectors (init = kmeans).
+    a learned codebook starts as standard normal deviates, uniform ones, or (init = kmeans) random sub-vectors, to which
+    Lloyd's steps are what the rounds are. Raises TrialFailed for a decoder that is no longer finite.
     """
     codebook = None if options.codebook == "computed" else _start(lines, options, generator)
     words = computed_codewords(options.window_bits, latent_numbers(options)) if codebook is None else codebook
@@ -91,8 +111,11 @@ def fit_alternating(lines: Tensor, options: PocketOptions, generator: torch.Gene
 
 def _assign(lines: Tensor, table: Tensor, options: PocketOptions) -> tuple[Tensor, Tensor, float]:
     """Members and their mean for each state of the window, and the mean squared error of what was found."""
-    symbols, decoded = Searcher(table, options)(lines)
-    state = states(symbols, options.index_bits, options.window_bits).flatten()
+    if not bool(torch.isfinite(table).all()):
+        raise TrialFailed("the decoder's output is no longer finite; lower learning_rate")
+    searcher = Searcher(table, options)
+    indices, decoded = searcher(lines)
+    state = searcher.states(indices).flatten()
     count = table.shape[0]
     mass = torch.bincount(state, minlength=count).to(lines.dtype)
     sums = torch.zeros_like(table).index_add_(0, state, lines.flatten(0, 1))
@@ -102,7 +125,7 @@ def _assign(lines: Tensor, table: Tensor, options: PocketOptions) -> tuple[Tenso
 def _rate(schedule: str, turn: int, turns: int) -> float:
     """Share of the learning rate in a round; a cosine ends above zero, so that the last round still counts."""
     if schedule == "cosine":
-        return 0.5 + 0.5 * math.cos(math.pi * turn / turns) + 0.02
+        return max(0.02, 0.5 + 0.5 * math.cos(math.pi * turn / turns))
     return 0.1 ** (turn // 15) if schedule == "step" else 1.0
 
 

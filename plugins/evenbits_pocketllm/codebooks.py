@@ -49,7 +49,7 @@ def read_codebook(tensors: Mapping[str, Tensor], bits: int, suffix: str = "") ->
 def tunable_names(options: PocketOptions) -> tuple[str, ...]:
     """Which stored tensors gradients may reach, without the suffix of shared ones."""
     return (
-        "row_scale" if options.scale_bits == 16 else "scale_top",
+        "row_scale" if options.scale_bits == 16 else "scale_frame",
         "codebook" if options.codebook_bits == 16 else "codebook_scale",
         "decoder",
     )

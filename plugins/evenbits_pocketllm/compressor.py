@@ -130,7 +130,7 @@ class PocketCompressor(LayerCompressor):
                 pattern = self._decoded(codes, settings, layer.shape, coder)
                 moment = layer.second_moment if settings.feedback else None
                 found = least_squares_scale(weight, pattern, moment)
-                tensors, roles = scales.store(found, settings.scale_bits, scale.stored.get("scale_top"))
+                tensors, roles = scales.store(found, settings.scale_bits, scale.stored.get("scale_frame"))
             else:
                 tensors, roles = scale.stored, scale.roles
             packed.tensors.update(tensors)

@@ -14,7 +14,7 @@ from evenbits.errors import SuiteError
 from evenbits.shapes import WIDTHS
 from evenbits_pocketllm.options import PocketOptions, Scope
 
-SCALE_BITS = 16  # of one float16: what scales of fewer bits, and an int8 codebook, are relative to
+SCALE_BITS = 16  # of one float16: what an int8 codebook is relative to, and, by two, scales of fewer bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +146,17 @@ def decoder_groups(options: PocketOptions, shapes: ModelShapes) -> tuple[Group, 
 
 def take_census(options: PocketOptions, shapes: ModelShapes) -> Census:
     """The sorts of layers that `parts` and sizes tell apart; valid for any options with the same parts."""
+    for part in options.parts:
+        if not any(part.matches(layer) for layer in shapes.layers):
+            kinds = ", ".join(dict.fromkeys(layer.kind for layer in shapes.layers))
+            raise SuiteError(
+                f"parts: no layer matches kinds {list(part.kinds)}, blocks {part.blocks}; kinds are {kinds}"
+            )
     count: dict[tuple[int, str, int, int, str], int] = {}
     first: dict[tuple[int, str, int, int, str], LayerShape] = {}
     for layer in shapes.layers:
-        part = next((i for i, part in enumerate(options.parts) if part.matches(layer)), -1)
-        sort = (part, layer.kind, layer.out_features, layer.in_features, layer.dtype)
+        which = next((i for i, part in enumerate(options.parts) if part.matches(layer)), -1)
+        sort = (which, layer.kind, layer.out_features, layer.in_features, layer.dtype)
         count[sort] = count.get(sort, 0) + 1
         first.setdefault(sort, layer)
     return Census(tuple((first[sort], count[sort]) for sort in first), shapes.weights)
@@ -174,7 +180,7 @@ def estimate(options: PocketOptions, census: Census) -> Estimate:
     """`predict` for one of many settings over the same shapes and parts."""
     code = scale = dense = weights = 0
     index = paper = 0.0
-    books: dict[str, tuple[PocketOptions, int]] = {}
+    books: dict[str, tuple[PocketOptions, int, list[LayerShape]]] = {}
     decoders: dict[str, tuple[PocketOptions, int, list[LayerShape]]] = {}
     for layer, count in census.sorts:
         settings = options.of(layer)
@@ -189,13 +195,15 @@ def estimate(options: PocketOptions, census: Census) -> Estimate:
             paper += count * layer.out_features * settings.scale_bits
         if settings.codebook == "learned":
             name = codebook_group(options, layer)
-            books[name] = (settings, count if options.scope == "matrix" else 1)
+            copies = count if options.scope == "matrix" else 1
+            books.setdefault(name, (settings, copies, []))[2].append(layer)
         if settings.decoder == "mlp":
             name = decoder_group(options, layer)
             copies = count if options.decoder_scope == "matrix" else 1
             decoders.setdefault(name, (settings, copies, []))[2].append(layer)
     codebook = decoder = 0
-    for settings, copies in books.values():
+    for settings, copies, layers in books.values():
+        affine_numbers(settings, layers)  # what shares a codebook is trained together: widths must agree here too
         numbers = codebook_numbers(settings)
         codebook += copies * _bytes(numbers * options.codebook_bits)
         scale += copies * (SCALE_BITS // 8 if options.codebook_bits == 8 else 0)
@@ -216,7 +224,8 @@ def _bytes(bits: int) -> int:
 
 
 def _scale_bytes(bits: int, rows: int) -> int:
-    return _bytes(rows * bits) + (SCALE_BITS // 8 if bits < SCALE_BITS else 0)
+    """Of few bits: with the two float16 of their grid."""
+    return _bytes(rows * bits) + (2 * SCALE_BITS // 8 if bits < SCALE_BITS else 0)
 
 
 def _group(options: PocketOptions, scope: Scope, layer: LayerShape) -> str:

@@ -49,10 +49,11 @@ def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Poc
     """The settings of the recipe in `fixed` ("evenbits" without one) that expect the least distortion in the budget.
 
     What `fixed` names stays as it is. evenbits tries d, K, bits of row scales, and size and scope of its decoder,
-    where what is stored beside the indices must earn its bits at 6 dB a bit; paper and code try d, K, and one scope
-    for codebook and decoder (a decoder with gains and biases stays with its matrix). Where that leaves much of the
-    window unused, the smaller kinds of layers get twice the codewords, as the paper must have mixed for its 2.98 and
-    3.98 bits. No stored codebook has more codewords than it has sub-vectors to code.
+    where what is stored beside the indices must earn its bits at 6 dB a bit; its window (state_bits) is not tried: a
+    longer one is better, and slower. paper and code try d, K, and one scope for codebook and decoder (a decoder with
+    gains and biases stays with its matrix). Where that leaves much of the window unused, the smaller kinds of layers
+    get twice the codewords, up to the centre, as the paper must have mixed for its 2.98 and 3.98 bits. No stored
+    codebook has more codewords than it has sub-vectors to code.
     Raises SuiteError for an unknown or wrong fixed option.
     """
     try:
@@ -79,7 +80,7 @@ def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Poc
                 ):
                     continue
                 if (doubled := _doubled(options)) is not None:
-                    search.consider(doubled, census)
+                    search.consider(doubled, census, most=budget.centre)
     return search.best[2] if search.best is not None else search.refusal(base.recipe)
 
 
@@ -92,13 +93,14 @@ class _Choice:
         self._near: dict[bool, tuple[float, PocketOptions]] = {}  # below (False) and above
         self._starved = 0
 
-    def consider(self, options: PocketOptions, census: Census) -> None:
+    def consider(self, options: PocketOptions, census: Census, most: float = math.inf) -> None:
+        """most: bits from which on the settings are outside, whatever the window allows."""
         if _starved(options, census):
             self._starved += 1
             return
         found = estimate(options, census)
         bits = self._budget.bits(found, self._shapes)
-        if bits not in self._budget:
+        if bits not in self._budget or bits > most:
             side = bits > self._budget.centre
             if side not in self._near or abs(bits - self._budget.centre) < abs(
                 self._near[side][0] - self._budget.centre

@@ -119,7 +119,10 @@ class PocketOptions(Options):
                 raise ValueError(f"codebook_size: a power of two is needed, not {size}")
         if self.rln != "none" and (self.windowed or self.codebook == "computed"):
             raise ValueError("rln: a decoder of computed codewords, or of a window, has no normalisation; give none")
-        if self.decoder == "none" and (self.rln != "none" or (self.latent or self.d) != self.d or self.symbols):
+        lengths = {self.d, *(part.d for part in self.parts if part.d)}
+        if self.decoder == "none" and (
+            self.rln != "none" or {self.latent or d for d in lengths} != lengths or self.symbols
+        ):
             raise ValueError(
                 "decoder = none: codewords are sub-vectors, of latent = d numbers, without rln and symbols"
             )
@@ -127,6 +130,8 @@ class PocketOptions(Options):
             raise ValueError("search = weights needs rln = none: only then is a decoded sub-vector known by its index")
         if self.training == "alternating" and self.search != "weights":
             raise ValueError("training = alternating searches among decoded sub-vectors; give search = weights")
+        if self.init == "kmeans" and self.training == "alternating" and {self.latent or d for d in lengths} != lengths:
+            raise ValueError("init = kmeans with training = alternating starts from sub-vectors: latent = d is needed")
         if self.windowed and self.training != "alternating":
             raise ValueError("state_bits beyond the index: training = alternating is needed")
         if self.symbols and self.training != "alternating":

@@ -12,8 +12,7 @@ from evenbits.maths.bitpack import pack, unpack
 
 _LARGEST = torch.finfo(torch.float16).max
 _SMALLEST = 2.0**-24  # of float16 above zero
-# octaves below the largest scale that a grid of so many bits spans; a step is span / (2^bits - 1)
-_OCTAVES = {4: 5.0, 5: 6.0, 6: 8.0, 8: 16.0}
+_OCTAVES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 24.0)  # below the largest scale, that a grid may reach
 
 Stored = tuple[dict[str, Tensor], dict[str, Role]]
 
@@ -23,29 +22,45 @@ def row_scale(weight: Tensor) -> Tensor:
     return weight.double().square().mean(1).sqrt().float()
 
 
-def store(scale: Tensor, bits: int, top: Tensor | None = None) -> Stored:
+def store(scale: Tensor, bits: int, frame: Tensor | None = None) -> Stored:
     """Tensors and roles of a layer's row scales (out,), which must not be negative.
 
-    top: (1,) float16 in place of the largest scale, so that refitted scales stay on the grid of the first ones.
-
-    16 bits: "row_scale" float16 (out,). Fewer: "row_scale" packed exponents, and "scale_top" float16 (1,), the largest.
-    A zero scale is kept by 16 bits only; a grid's lowest value stands for it.
+    16 bits: "row_scale" float16 (out,). Fewer: "row_scale" packed exponents on a logarithmic grid, and "scale_frame"
+    (2,) float16, its largest value and how many octaves below it the grid reaches. A row below the grid gets its lowest
+    value. frame: one in place of that, so that refitted scales stay on the grid of the first ones.
     """
     if bits == 16:
         return {"row_scale": scale.clamp(0, _LARGEST).half()}, {"row_scale": Role.SCALE}
-    top = scale.max().clamp(0, _LARGEST).half().reshape(1) if top is None else top
-    octaves = torch.log2(scale.double() / top.double().clamp_min(_SMALLEST)).clamp_min(-_OCTAVES[bits])
-    levels = (1 << bits) - 1
-    codes = (-octaves.clamp_max(0.0) / _OCTAVES[bits] * levels).round().long()
+    wide = scale.double()
+    if frame is None:
+        top = wide.max().clamp(_SMALLEST, _LARGEST)
+        frame = min(
+            (torch.stack([top, top.new_tensor(o)]).half() for o in _OCTAVES), key=lambda f: _loss(wide, f, bits)
+        )
     return (
-        {"row_scale": pack(codes, bits), "scale_top": top},
-        {"row_scale": Role.SCALE, "scale_top": Role.SCALE},
+        {"row_scale": pack(_exponents(wide, frame, bits), bits), "scale_frame": frame},
+        {"row_scale": Role.SCALE, "scale_frame": Role.SCALE},
     )
 
 
+def _exponents(scale: Tensor, frame: Tensor, bits: int) -> Tensor:
+    top, octaves = frame.double()
+    steps = torch.log2(top / scale.clamp_min(2.0**-60)) * ((1 << bits) - 1) / octaves
+    return steps.round().clamp(0, (1 << bits) - 1).long()
+
+
+def _loss(scale: Tensor, frame: Tensor, bits: int) -> float:
+    """Energy of rows times how much their error grows, about as the square of what a scale is off by."""
+    top, octaves = frame.double()
+    found = top * torch.exp2(-octaves * _exponents(scale, frame, bits) / ((1 << bits) - 1))
+    off = torch.log2(found / scale.clamp_min(2.0**-60)).abs().clamp_max(30.0)
+    return float((scale.square() * torch.exp2(2 * off)).sum())
+
+
 def read(tensors: Mapping[str, Tensor], bits: int, rows: int) -> Tensor:
-    """(out,) float32 from what `store` made; differentiable in a float "row_scale" and in "scale_top"."""
+    """(out,) float32 from what `store` made; differentiable in a float "row_scale" and in "scale_frame"."""
     if bits == 16:
         return tensors["row_scale"].float()
     codes = unpack(tensors["row_scale"], bits, rows)
-    return tensors["scale_top"].float() * torch.exp2(-_OCTAVES[bits] * codes / ((1 << bits) - 1))
+    top, octaves = tensors["scale_frame"].float()
+    return top * torch.exp2(-octaves * codes / ((1 << bits) - 1))

@@ -75,12 +75,12 @@ def test_geometry_pads_the_last_chunk_of_a_line() -> None:
 
 
 def test_bytes_by_hand_of_our_recipe() -> None:
-    """10 x 7, columns in 5 chunks of 2: 35 indices of 3 bits; 10 scales of 6 bits under one float16; a decoder of
+    """10 x 7, columns in 5 chunks of 2: 35 indices of 3 bits; 10 scales of 6 bits on a grid of two float16; a decoder of
     6 inputs, two residual units 6-16-6 and one 6-16-2, with 8 learned latents of 2 numbers, in float16."""
     options = options_of(d=2, codebook_size=8, scale_bits=6)
     decoder = 2 * (6 * 16 + 16 + 16 * 6 + 6) + (6 * 16 + 16 + 16 * 2 + 2) + 8 * 2
     found = predict(options, model(matrix(10, 7)))
-    assert found.role_bytes == {Role.CODE: 14, Role.SCALE: 8 + 2, Role.DECODER: 2 * decoder}
+    assert found.role_bytes == {Role.CODE: 14, Role.SCALE: 8 + 4, Role.DECODER: 2 * decoder}
     assert found.index_bits == 8 * 14 / 70
     uncounted = 2 * (16 + 6) + (16 + 2)
     assert found.paper_bits == pytest.approx(3 / 2 + (10 * 6 + 16 * (decoder - uncounted)) / 70)
@@ -110,7 +110,7 @@ def by_hand(options: PocketOptions, shapes: ModelShapes) -> dict[Role, int]:
         index = lines * len(range(0, length, settings.d)) * (settings.codebook_size.bit_length() - 1)
         roles[Role.CODE] += -(-index // 8)
         if options.row_scales:
-            extra = 2 if options.scale_bits < 16 else 0
+            extra = 4 if options.scale_bits < 16 else 0
             roles[Role.SCALE] += -(-layer.out_features * options.scale_bits // 8) + extra
     for group in codebook_groups(options, shapes) if options.codebook == "learned" else ():
         numbers = 2 ** (options.state_bits or group.settings.index_bits) * (options.latent or group.settings.d)

@@ -361,6 +361,7 @@ class Recovery:
 
     predict   (options, shapes) -> the bytes it adds by role, so that `fit` can leave room
     dense     (options, shapes) -> names of the layers that it stores dense: `predict` then counts all their bytes
+    libraries distributions whose version may change what it does, beside those that every trial depends on
     """
 
     name: str
@@ -371,6 +372,7 @@ class Recovery:
     predict: Callable[[Any, ModelShapes], Mapping[Role, int]]
     needs: Needs = Needs()
     dense: Callable[[Any, ModelShapes], Collection[str]] = lambda options, shapes: ()
+    libraries: tuple[str, ...] = ()
 
 
 def average_bits(bits: Iterable[tuple[float, int]]) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evenbits.budget import BitBudget
-from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Options, Refusal, Role
+from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Options, Recovery, Refusal, Role
 from evenbits.environment import package_version
 from evenbits.errors import PluginError, SuiteError
 from evenbits.plugins import Provided, Registry
@@ -148,7 +148,10 @@ def _stages(registry: Registry, kind: str, what: str, specs: Iterable[StageSpec]
     for spec in specs:
         provided = registry.find(kind, spec.name, what)
         options = check_options(provided.value.options, spec.options, f"{what} {spec.name}: options")
-        stages.append(Stage(spec.name, options.model_dump(mode="json"), source_digest(provided.package), spec.label))
+        digest = source_digest(provided.package)
+        if isinstance(provided.value, Recovery):
+            digest = "+".join([digest, *(f"{name}={package_version(name)}" for name in provided.value.libraries)])
+        stages.append(Stage(spec.name, options.model_dump(mode="json"), digest, spec.label))
     return tuple(stages)
 
 
@@ -236,6 +239,7 @@ class Planner:
     def _dense(self, model: PlannedModel) -> None:
         for stages in ((), *self.suite.dense_recovery):
             recovery = _stages(self.registry, "recoveries", "recovery stage", stages)
+            self._recovery_bytes(recovery, model)  # a stage that cannot be on this model says so here
             for seed in self.suite.seeds if recovery else self.suite.seeds[:1]:
                 self._add(model, DENSE, DENSE, None, None, None, seed, recovery, False, None)
 

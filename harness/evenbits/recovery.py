@@ -177,6 +177,30 @@ class OpenedArtifact:
         return a, b
 
 
+class _Noting(dict[str, Tensor]):
+    """Tensors by name, and the names that were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], read: set[str]) -> None:
+        super().__init__(tensors)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._read.add(name)
+        return super().get(name, default)
+
+    def values(self) -> Any:
+        self._read.update(self)
+        return super().values()
+
+    def items(self) -> Any:
+        self._read.update(self)
+        return super().items()
+
+
 def _copy(packed: PackedLayer) -> PackedLayer:
     return PackedLayer(dict(packed.tensors), dict(packed.roles), dict(packed.meta))
 
@@ -209,6 +233,9 @@ def _write(work: RecoveryWork, opened: OpenedArtifact, writer: ArtifactWriter, f
     inventory = read_inventory(work.base)
     weights = {layer.name: tensor for layer, tensor in inventory.layers}
     shared = None if opened.shared is None else opened.trained(SHARED, opened.shared)
+    read: set[str] = set()
+    if shared is not None:
+        shared = PackedLayer(_Noting(shared.tensors, read), shared.roles, shared.meta)
     adapters = {name: opened.stored_adapter(name) for name in opened.adapters}
     layers = []
     for file in dict.fromkeys(layer.file for layer in manifest.layers):
@@ -225,8 +252,10 @@ def _write(work: RecoveryWork, opened: OpenedArtifact, writer: ArtifactWriter, f
             layers.append(layer.model_copy(update={"error": error, "calibrated_error": None}))
             writer.add_layer(layer.name, packed)
         writer.flush_block(block[0][0].block)
-    if all(layer.left_dense for layer in layers):
-        shared = None  # nothing is left that it would restore
+    if shared is not None:
+        # what only layers used that are dense now is neither stored nor billed
+        tensors = {name: shared.tensors[name] for name in shared.tensors if name in read}
+        shared = PackedLayer(tensors, {name: shared.roles[name] for name in tensors}, shared.meta) if tensors else None
     if shared is not None:
         writer.write_shared(shared)
     rest = work.before.rest()

@@ -32,5 +32,6 @@ def provide_recoveries() -> Sequence[Recovery]:
             predict=predict,
             needs=Needs(gradients=True),
             dense=dense,
+            libraries=("peft",),
         )
     ]

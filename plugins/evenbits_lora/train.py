@@ -54,6 +54,7 @@ def train(
             scaler.update()
             step += 1
         means.append(sum(losses) / len(losses))
+        # what a child prints is the trial's log
         print(f"lora: epoch {epoch + 1} of {options.epochs}, {step} of {total} updates: {options.loss} {means[-1]:.4f}")
     return means
 

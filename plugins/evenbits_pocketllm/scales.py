@@ -44,14 +44,14 @@ def store(scale: Tensor, bits: int, frame: Tensor | None = None) -> Stored:
 
 
 def _exponents(scale: Tensor, frame: Tensor, bits: int) -> Tensor:
-    top, octaves = frame.double()
+    top, octaves = frame.double().unbind()
     steps = torch.log2(top / scale.clamp_min(2.0**-60)) * ((1 << bits) - 1) / octaves
     return steps.round().clamp(0, (1 << bits) - 1).long()
 
 
 def _loss(scale: Tensor, frame: Tensor, bits: int) -> float:
     """Energy of rows times how much their error grows, about as the square of what a scale is off by."""
-    top, octaves = frame.double()
+    top, octaves = frame.double().unbind()
     found = top * torch.exp2(-octaves * _exponents(scale, frame, bits) / ((1 << bits) - 1))
     off = torch.log2(found / scale.clamp_min(2.0**-60)).abs().clamp_max(30.0)
     return float((scale.square() * torch.exp2(2 * off)).sum())
@@ -62,5 +62,5 @@ def read(tensors: Mapping[str, Tensor], bits: int, rows: int) -> Tensor:
     if bits == 16:
         return tensors["row_scale"].float()
     codes = unpack(tensors["row_scale"], bits, rows)
-    top, octaves = tensors["scale_frame"].float()
+    top, octaves = tensors["scale_frame"].float().unbind()
     return top * torch.exp2(-octaves * codes / ((1 << bits) - 1))

@@ -409,7 +409,7 @@ methods = [
     {{ name = "kmeans", label = "merged", budget = "free", recovery = [
         {{ name = "lora", options = {{ r = 2, merge = true }} }},
     ] }},
-    {{ name = "rtn", label = "partly", budget = "free", recovery = [
+    {{ name = "kmeans", label = "partly", budget = "free", options = {{ scope = "kind", d = 2 }}, recovery = [
         {{ name = "lora", options = {{ r = 2, merge = true, targets = ["q_proj"] }} }},
     ] }},
     {{ name = "rtn", label = "too-large", recovery = [{{ name = "lora", options = {{ r = 40 }} }}] }},

@@ -1,6 +1,7 @@
 """Write results/leaderboard/ and the README's table from the records of a run.
 
-    evenbits run suites/stories260k.toml && python tests/leaderboard.py suites/stories260k.toml
+    evenbits run suites/quickstart.toml && python tests/leaderboard.py suites/quickstart.toml
+    evenbits run suites/babyllama105.toml && python tests/leaderboard.py suites/babyllama105.toml --page
 
 Everything comes from `evenbits report`; this only puts it where the README shows it.
 """
@@ -43,6 +44,8 @@ def main() -> None:
     (FOLDER / f"{name}.md").write_text(report.rstrip("\n") + "\n" + note)
     plot = sorted(written.glob("pareto-*.png"))[0]
     shutil.copyfile(plot, FOLDER / f"{name}.png")
+    if "--page" in sys.argv:  # the README shows another suite
+        return
     readme = ROOT / "README.md"
     section = (
         f"<!-- leaderboard -->\n{facts['description']} (`{suite}`, "

@@ -233,7 +233,16 @@ def _with_settings(rows: Sequence[Row]) -> list[Row]:
 
 def _shown(row: Row) -> Mapping[str, Any]:
     names = row.records[0].shown or row.options
-    return {name: row.options[name] for name in names if name in row.options}
+    return {name: _said(row.options[name]) for name in names if name in row.options}
+
+
+def _said(value: Any) -> Any:
+    """A value without what its nested tables leave unsaid: nulls, and what is false."""
+    if isinstance(value, list | tuple):
+        return [_said(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _said(one) for key, one in value.items() if one is not None and one is not False}
+    return value
 
 
 def _setting(key: str, value: str) -> str:

@@ -300,7 +300,10 @@ def check_linear(descriptor: Compressor, options: Options, case: Case) -> None:
 
 
 def check_extremes(descriptor: Compressor, options: Options, rows: int = 64, columns: int = 128) -> None:
-    """An all-zero weight restores to zeros; with one huge outlier the error stays below the weight."""
+    """An all-zero weight restores to zeros; with one huge outlier the error stays below the weight.
+
+    The error of the weights or, where the method reads statistics, that of the outputs.
+    """
     restored = run_case(descriptor, options, make_case(rows, columns, fill="zero"))[3]
     largest = float(restored.abs().max())
     assert largest <= ROUNDS_TO_ZERO, f"{descriptor.name}: an all-zero weight restores to values up to {largest:g}"

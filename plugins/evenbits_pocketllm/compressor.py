@@ -235,7 +235,7 @@ class PocketCompressor(LayerCompressor):
         return PocketLinear(packed, layer, settings, self._coder(settings, packed, layer, shared), device)
 
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
-        """Row scales (of few bits: the one they are relative to), codebook and decoder, those of its groups too."""
+        """Row scales (of few bits: the frame of their grid), codebook and decoder, and all that is shared of these."""
         names = tunable_names(self.options)
         found = {name: packed.tensors[name] for name in names if name in packed.tensors}
         for name, tensor in (shared.tensors if shared is not None else {}).items():

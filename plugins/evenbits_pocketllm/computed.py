@@ -17,7 +17,8 @@ def computed_codewords(bits: int, numbers: int) -> Tensor:
     """(2^bits, numbers) float32: the quantiles of a standard normal, in another fixed order in each column.
 
     The order is a bijective hash of the index, so every column takes each of the 2^bits mid-quantiles once: neighbours
-    in a window of indices (which share all but their last bits) come out unrelated. Do not change the result in place.
+    in a window of indices (which share all but their last bits) come out unrelated, from some six bits on.
+    Do not change the result in place.
     """
     count = 1 << bits
     index = torch.arange(count, dtype=torch.int64)

@@ -35,7 +35,7 @@ from evenbits.testing import check_compressor, check_tunable, make_case
 
 COMPRESSORS = load_plugins().compressors
 # smaller than the defaults, which are made for real models; and the ways a plugin has that its default does not show
-_SMALL = {"d": 2, "codebook_size": 16, "epochs": 20, "batch": 1024}
+_SMALL = {"d": 2, "codebook_size": 16, "epochs": 6, "batch": 512}
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "kmeans": [{"codebook_size": 16, "d": 2}],
     "pocketllm": [

@@ -227,8 +227,16 @@ def _with_settings(rows: Sequence[Row]) -> list[Row]:
         peers = [f for other, f in zip(rows, flat, strict=True) if other.name == row.name]
         varying = [k for k in own if len({f.get(k) for f in peers}) > 1]
         keys = [*varying, *(k for k in own if k not in varying)]
-        named.append(replace(row, settings=" ".join(_setting(k, own[k]) for k in keys)))
+        words = [_setting(k, own[k]) for k in keys]
+        named.append(replace(row, settings=" ".join([*words, *_stage_settings(row, rows)])))
     return named
+
+
+def _stage_settings(row: Row, rows: Sequence[Row]) -> list[str]:
+    """Options of recovery stages in which rows of one name with the same stages differ."""
+    peers = [other for other in rows if (other.name, other.recovery) == (row.name, row.recovery)]
+    found = [flatten(dict(zip(r.recovery, r.records[0].recovery_options, strict=False))) for r in (row, *peers)]
+    return [_setting(k, v) for k, v in found[0].items() if any(other.get(k) != v for other in found)]
 
 
 def _shown(row: Row) -> Mapping[str, Any]:

@@ -111,8 +111,9 @@ def main() -> None:
         f"# A block of Llama-2-7B's shapes\n\n{date}, commit {git['commit'][:12]}"
         f"{' (modified)' if git['dirty'] else ''}, {environment['processor']}, {torch.get_num_threads()} threads.\n"
         "Written by `python tests/benchmarks/block7b.py --out results/bench`. Seven matrices, 202 million weights,\n"
-        f"data-free; paper: d = 8, K = 2^15, {arguments.epochs} of {PAPER_EPOCHS} epochs run, the time scaled to all;\n"
-        "evenbits: 2 bits, whole.\n\n" + "\n".join(lines) + "\n"
+        f"data-free; paper: d = 8, K = 2^15, row scales, {arguments.epochs} of {PAPER_EPOCHS} epochs run, the time "
+        "scaled to all;\n"
+        "evenbits: 2 bits, without error feedback (there are no inputs), whole.\n\n" + "\n".join(lines) + "\n"
     )
     row = {"date": date, "environment": environment, "recipes": found}
     write_atomically(arguments.out / "block7b.json", json.dumps(row, indent=1).encode())

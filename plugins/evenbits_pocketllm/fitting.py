@@ -29,7 +29,8 @@ _LATTICE = {1: 0.08333, 2: 0.08019, 3: 0.07854, 4: 0.07660, 5: 0.07563, 6: 0.074
 # Factors on the error
 # (scales, scopes and widths: GPT-2's attention matrices at 2 bits, python tests/benchmarks/attention.py)
 _SCALE_BITS = {16: 1.0, 8: 1.002, 6: 1.004, 5: 1.006, 4: 1.0085}
-_DECODER_SCOPE = {"model": 1.0, "kind": 0.993, "matrix": 0.991}  # of a small decoder against one for the model
+# of a small decoder against one for the model, at 2 bits; and what each further bit takes off: tails count for more
+_DECODER_SCOPE = {"model": (1.0, 0.0), "kind": (0.993, 0.036), "matrix": (0.991, 0.02)}
 _HIDDEN = {16: 1.0, 8: 1.002}
 _SHARED = {"matrix": 1.0, "kind": 1.013, "model": 1.025}  # codebook; rows scaled to one size
 _SHARED_RAW = {"matrix": 1.0, "kind": 1.05, "model": 1.10}  # codebook; matrices differ in scale
@@ -169,7 +170,8 @@ def _distortion(settings: PocketOptions) -> float:
         loss = 2 * math.pi * lattice * ((d + 2) / d) ** ((d + 2) / 2)
     error = loss * math.pow(4.0, -bits / d) * _SCALE_BITS[settings.scale_bits]
     if settings.decoder == "mlp":
-        error *= _DECODER_SCOPE[settings.decoder_scope] * _HIDDEN.get(settings.hidden, 1.0)
+        factor, slope = _DECODER_SCOPE[settings.decoder_scope]
+        error *= (factor - slope * min(2.0, max(0.0, bits / d - 2))) * _HIDDEN.get(settings.hidden, 1.0)
     if settings.codebook == "learned":
         error *= (_SHARED if settings.row_scales else _SHARED_RAW)[settings.scope]
         error += _INT8_ERROR if settings.codebook_bits == 8 else 0.0

@@ -113,7 +113,7 @@ def test_stopped_in_the_middle(evenbits: Any, suites: Any, tmp_path: Path, order
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(order)
-        _, error = process.communicate(timeout=20)
+        _, error = process.communicate(timeout=60)
     finally:
         process.kill()
     if order is signal.SIGINT:

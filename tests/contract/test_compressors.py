@@ -31,7 +31,7 @@ from evenbits.compressor import (
     TensorWriter,
 )
 from evenbits.plugins import load_plugins
-from evenbits.testing import check_compressor, check_tunable, make_case
+from evenbits.testing import check_compressor, check_fit, check_tunable, make_case
 
 COMPRESSORS = load_plugins().compressors
 # smaller than the defaults, which are made for real models; and the ways a plugin has that its default does not show
@@ -62,10 +62,15 @@ CASES = [(name, settings) for name in COMPRESSORS for settings in SETTINGS.get(n
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CASES)])
 def test_installed_compressors_keep_the_contract(name: str, settings: dict[str, Any]) -> None:
-    first = settings is SETTINGS.get(name, [settings])[0]
+    # what pocketllm's fit chooses takes a minute to train: its own tests compress smaller ones
+    first = settings is SETTINGS.get(name, [settings])[0] and name != "pocketllm"
     refused = check_compressor(COMPRESSORS[name].value, settings or None, fitted=first)
     # a shape may be refused only where it has fewer sub-vectors than a codebook has codewords
     assert set(refused) <= {(1, 33), (7, 16)}
+
+
+def test_pocketllm_fits_what_it_says() -> None:
+    assert check_fit(COMPRESSORS["pocketllm"].value)
 
 
 class HalfOptions(Options):

@@ -16,7 +16,8 @@ from evenbits.errors import TrialFailed
 from evenbits.maths.nearest import nearest
 from evenbits.maths.trellis import Trellis, states
 from evenbits_pocketllm.computed import computed_codewords
-from evenbits_pocketllm.decoding import decoder_network, decoder_table, latent_numbers, symbol_numbers
+from evenbits_pocketllm.cost import latent_numbers
+from evenbits_pocketllm.decoding import decoder_network, decoder_table, symbol_numbers
 from evenbits_pocketllm.network import initial
 from evenbits_pocketllm.options import PocketOptions
 
@@ -39,6 +40,9 @@ class Searcher:
     """Exact search of indices for one decoded table (2^window_bits, d)."""
 
     def __init__(self, table: Tensor, options: PocketOptions) -> None:
+        """Raises TrialFailed for a table that is not finite."""
+        if not bool(torch.isfinite(table).all()):
+            raise TrialFailed("the decoder's output is no longer finite; lower learning_rate")
         self.table, self.options = table, options
         self._trellis = Trellis(table, options.index_bits) if options.windowed else None
 
@@ -111,8 +115,6 @@ def fit_alternating(lines: Tensor, options: PocketOptions, generator: torch.Gene
 
 def _assign(lines: Tensor, table: Tensor, options: PocketOptions) -> tuple[Tensor, Tensor, float]:
     """Members and their mean for each state of the window, and the mean squared error of what was found."""
-    if not bool(torch.isfinite(table).all()):
-        raise TrialFailed("the decoder's output is no longer finite; lower learning_rate")
     searcher = Searcher(table, options)
     indices, decoded = searcher(lines)
     state = searcher.states(indices).flatten()

@@ -19,7 +19,8 @@ from evenbits.errors import TrialFailed
 from evenbits.maths.kmeans import kmeans
 from evenbits.maths.nearest import nearest, squared_distances
 from evenbits_pocketllm.codewords import codebook_gradient, means, replace, revive
-from evenbits_pocketllm.decoding import decoder_network, latent_numbers
+from evenbits_pocketllm.cost import latent_numbers
+from evenbits_pocketllm.decoding import decoder_network
 from evenbits_pocketllm.network import Network, decode, encode, initial
 from evenbits_pocketllm.options import PocketOptions
 from evenbits_pocketllm.pools import batches, by_matrix, pieces, pooled, steps_of

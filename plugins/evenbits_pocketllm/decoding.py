@@ -6,18 +6,14 @@ import torch
 from torch import Tensor
 
 from evenbits_pocketllm.computed import computed_codewords, symbol_windows
+from evenbits_pocketllm.cost import input_numbers, latent_numbers
 from evenbits_pocketllm.network import Network, decode
 from evenbits_pocketllm.options import PocketOptions
 
 
-def latent_numbers(options: PocketOptions) -> int:
-    return options.latent or options.d
-
-
 def decoder_network(options: PocketOptions, width: int) -> Network:
     """The decoder's shape; width: numbers that are normalised together (0 without rln)."""
-    inputs = latent_numbers(options) + options.symbols * options.symbol_latent
-    return Network(inputs, options.d, options.hidden, options.units, options.rln, options.affine, width)
+    return Network(input_numbers(options), options.d, options.hidden, options.units, options.rln, options.affine, width)
 
 
 def symbol_numbers(options: PocketOptions) -> int:

@@ -151,7 +151,7 @@ def take_census(options: PocketOptions, shapes: ModelShapes) -> Census:
         if not any(part.matches(layer) for layer in shapes.layers):
             kinds = ", ".join(dict.fromkeys(layer.kind for layer in shapes.layers))
             raise SuiteError(
-                f"parts: no layer matches kinds {list(part.kinds)}, blocks {part.blocks}; kinds are {kinds}"
+                f"pocketllm: parts: no layer matches kinds {list(part.kinds)}, blocks {part.blocks}; kinds are {kinds}"
             )
     count: dict[tuple[int, str, int, int, str], int] = {}
     first: dict[tuple[int, str, int, int, str], LayerShape] = {}

@@ -34,6 +34,7 @@ ORDER = (
     ("matching",),
     ("plan",),
     ("store", "job"),
+    ("findings",),
     ("models", "calibration", "fisher", "artifact", "tunable", "opened"),
     ("block_pass",),
     ("driver", "recovery", "whole", "tuning"),

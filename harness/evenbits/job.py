@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from evenbits.plan import Trial
-from evenbits.record import LayerFacts, Ledger, MetricFacts
+from evenbits.record import LayerFacts, Ledger, MetricFacts, SampleFacts
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Job:
 
 @dataclass
 class StageResult:
-    """What a stage found. items: file name -> the bytes of a .npy file."""
+    """What a stage found. items: file name -> the bytes of a .npy file; attachments: file name -> bytes."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -40,6 +40,9 @@ class StageResult:
     metrics: list[MetricFacts] = field(default_factory=list)
     fingerprints: dict[str, dict[str, Any]] = field(default_factory=dict)
     items: dict[str, bytes] = field(default_factory=dict)
+    attachments: dict[str, bytes] = field(default_factory=dict)
+    samples: list[SampleFacts] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         return {name: np.load(io.BytesIO(data), allow_pickle=False) for name, data in self.items.items()}

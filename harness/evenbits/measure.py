@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -28,6 +28,9 @@ class Measurement:
     """One number with its interval, its protocol and the per-item values it was computed from.
 
     items: one float per item (window, question), in a fixed order, so that two trials can be paired.
+    details: JSON facts that do not tell protocols apart. "strata": the sizes of consecutive groups of items (tasks)
+    that are drawn again within their group, not across.
+    attachments: further files kept beside the record, by name (letters, digits, ".", "_", "-").
     volatile: differs from run to run on one machine (time, memory, energy).
     """
 
@@ -41,6 +44,26 @@ class Measurement:
     details: Mapping[str, Any] = field(default_factory=dict)
     items: np.ndarray[Any, Any] | None = None
     volatile: bool = False
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text that the model wrote after a prompt: for people to look at beside the dense model's, no number."""
+
+    prompt: str
+    text: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Why something could not be measured here, e.g. no energy meter: kept in the record, the trial goes on."""
+
+    text: str
+
+
+Finding = Measurement | Sample | Remark
 
 
 class _Stored(Protocol):
@@ -71,6 +94,11 @@ class Subject(_Stored, Protocol):
     @property
     def tokenizer(self) -> Any: ...
 
+    def stream_logits(self, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Logits (B, T, vocabulary) of each batch of token ids (B, T), in order, as `model` gives them, with one
+        block of the stored model in memory at a time. Raises TrialFailed where the model cannot be walked so."""
+        ...
+
     def corpus(self, reference: Mapping[str, Any]) -> Text:
         """Open a corpus named in the evaluator's options: {"name": ..., other keys are the corpus's options}."""
         ...
@@ -98,11 +126,11 @@ class ProfileSubject(_Stored, Protocol):
 
 
 class EvaluatorStage(Protocol):
-    def evaluate(self, subject: Subject) -> Sequence[Measurement]: ...
+    def evaluate(self, subject: Subject) -> Sequence[Finding]: ...
 
 
 class ProfilerStage(Protocol):
-    def profile(self, subject: ProfileSubject) -> Sequence[Measurement]: ...
+    def profile(self, subject: ProfileSubject) -> Sequence[Finding]: ...
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from evenbits.errors import ArtifactError
 from evenbits.files import write_atomically
 
 __all__ = [
-    "SCHEMA", "Bits", "BudgetFacts", "Failure", "LayerFacts", "Ledger", "MetricFacts", "ModelFacts", "Record", "Status",
-    "read_items", "read_record", "write_atomically", "write_record",
+    "SCHEMA", "Bits", "BudgetFacts", "Failure", "LayerFacts", "Ledger", "MetricFacts", "ModelFacts", "Record",
+    "SampleFacts", "Status", "read_items", "read_record", "write_atomically", "write_record",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -96,7 +96,17 @@ class MetricFacts(_Frozen):
     fingerprint: str = Field(description="key into the record's fingerprints")
     details: dict[str, Any] = {}
     items: str | None = Field(default=None, description="file beside the record with the per-item values")
+    attachments: tuple[str, ...] = Field(default=(), description="further files beside the record")
     volatile: bool = False
+
+
+class SampleFacts(_Frozen):
+    """What the model wrote after a prompt."""
+
+    source: str = Field(description="evaluator that asked for it")
+    prompt: str
+    text: str
+    details: dict[str, Any] = {}
 
 
 class Failure(_Frozen):
@@ -137,6 +147,8 @@ class Record(_Frozen):
     layers: tuple[LayerFacts, ...] = ()
     metrics: tuple[MetricFacts, ...] = ()
     fingerprints: dict[str, dict[str, Any]] = {}
+    samples: tuple[SampleFacts, ...] = ()
+    remarks: tuple[str, ...] = Field(default=(), description="what could not be measured, and why")
     seconds: dict[str, float] = Field(default={}, description="wall seconds by stage")
     peaks: dict[str, int] = Field(default={}, description="peak bytes by stage")
     environment: dict[str, Any] = Field(default={}, description="versions, git state, hardware")
@@ -155,8 +167,15 @@ class Record(_Frozen):
         return data
 
 
-def write_record(folder: Path, record: Record, items: Mapping[str, np.ndarray[Any, Any]] | None = None) -> Path:
-    """Write items first, then record.json: a record that exists is whole. Returns the record's path."""
+def write_record(
+    folder: Path,
+    record: Record,
+    items: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    attachments: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write what stands beside it first, then record.json: a record that exists is whole. Returns the record's path."""
+    for name, data in (attachments or {}).items():
+        write_atomically(folder / name, data)
     for name, values in (items or {}).items():
         with tempfile.SpooledTemporaryFile() as buffer:
             np.save(buffer, values, allow_pickle=False)

@@ -20,7 +20,7 @@ from evenbits.executor import Executor, StageFailure, StageOutcome
 from evenbits.files import write_atomically
 from evenbits.plan import Plan, Skip, Stage, Trial, budget_facts
 from evenbits.plugins import Registry
-from evenbits.record import Failure, Record, write_record
+from evenbits.record import Failure, Record, SampleFacts, write_record
 from evenbits.store import Results
 from evenbits.suite import Suite
 
@@ -156,13 +156,15 @@ class Run:
             layers=stages.layers,
             metrics=tuple(stages.metrics),
             fingerprints=stages.fingerprints,
+            samples=tuple(stages.samples),
+            remarks=tuple(stages.remarks),
             seconds=stages.seconds,
             peaks=stages.peaks,
             environment=dict(self.context.environment),
             started=started,
             finished=_now(),
         )
-        self._write(folder, record, stages.items)
+        self._write(folder, record, stages.items, stages.attachments)
         self._publish(record, resumed=False)
         if failure is not None:
             self._announce("on_trial_failed", trial=trial, record=record)
@@ -183,13 +185,19 @@ class Run:
             status="skipped",
             reason=skip.reason,
         )
-        self._write(self.results.trial_folder(record.suite, record.trial), record, {})
+        self._write(self.results.trial_folder(record.suite, record.trial), record, {}, {})
         self._publish(record, resumed=False)
         return record
 
-    def _write(self, folder: Path, record: Record, items: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def _write(
+        self,
+        folder: Path,
+        record: Record,
+        items: Mapping[str, np.ndarray[Any, Any]],
+        attachments: Mapping[str, bytes],
+    ) -> None:
         try:
-            write_record(folder, record, items)
+            write_record(folder, record, items, attachments)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise ArtifactError(
@@ -222,6 +230,9 @@ class _Stages:
         self.metrics: list[Any] = []
         self.fingerprints: dict[str, dict[str, Any]] = {}
         self.items: dict[str, np.ndarray[Any, Any]] = {}
+        self.attachments: dict[str, bytes] = {}
+        self.samples: list[SampleFacts] = []
+        self.remarks: list[str] = []
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self.ledger: Any = None
@@ -273,6 +284,9 @@ class _Stages:
         self.metrics += result.metrics
         self.fingerprints |= result.fingerprints
         self.items |= result.arrays()
+        self.attachments |= result.attachments
+        self.samples += result.samples
+        self.remarks += result.remarks
         self.seconds[stage] = _seconds(outcome)
         self.peaks[stage] = outcome.peak_bytes
         return None

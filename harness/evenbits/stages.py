@@ -6,17 +6,13 @@ The evaluating child sees only the artifact folder, or the dense model's own.
 from __future__ import annotations
 
 import errno
-import io
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from threadpoolctl import threadpool_limits
@@ -27,15 +23,15 @@ from evenbits.artifact import Artifact, ArtifactWriter
 from evenbits.compressor import Needs, Recovery
 from evenbits.driver import Driver, Work
 from evenbits.errors import EvenbitsError, TrialFailed
+from evenbits.findings import take
 from evenbits.job import Job, StageResult
 from evenbits.ledger import dense_ledger, measure_bits, measure_layers
 from evenbits.manifest import MANIFEST
-from evenbits.measure import Measurement, fingerprint_id
 from evenbits.models import guarded_randomness, torch_dtype
 from evenbits.plan import COMPRESS_MODULES, DENSE, Stage, Trial, content_hash
 from evenbits.plugins import Registry, load_plugins
 from evenbits.provenance import source_digest
-from evenbits.record import LayerFacts, Ledger, MetricFacts
+from evenbits.record import LayerFacts, Ledger
 from evenbits.recovery import LeaveDense, RecoveryWork, recover
 from evenbits.subject import MeasuredModel, choose_device, make_compressor
 from evenbits.suite import check_options
@@ -254,49 +250,11 @@ def _measure(job: Job, report: Report, kind: str, what: str, stages: Sequence[St
         descriptor = registry().find(kind, stage.name, what).value
         made = descriptor.make(check_options(descriptor.options, stage.options, f"{what} {stage.name}"))
         with guarded_randomness(job.trial.seed):
-            measurements = getattr(made, method)(subject)
-        for measurement in measurements:
-            _take(result, stage, measurement)
+            findings = getattr(made, method)(subject)
+        for finding in findings:
+            take(result, stage, finding)
     result.seconds = time.perf_counter() - begun
     return result
-
-
-def _take(result: StageResult, stage: Stage, measurement: Measurement) -> None:
-    source = stage.name
-    if stage.label is not None:
-        measurement = replace(measurement, name=f"{stage.label}_{measurement.name}")
-    if not np.isfinite(measurement.value):
-        raise TrialFailed(f"{source}: {measurement.name} is {measurement.value}")
-    if any(metric.name == measurement.name for metric in result.metrics):
-        raise TrialFailed(f"{source}: a second metric of the name {measurement.name!r}; give one a label")
-    try:
-        json.dumps(dict(measurement.details))
-    except (TypeError, ValueError) as error:
-        raise TrialFailed(f"{source}: the details of {measurement.name} are not JSON ({error})") from None
-    fields: Mapping[str, Any] = {"evaluator": source, **measurement.fingerprint}
-    key = fingerprint_id(fields)
-    result.fingerprints[key] = dict(fields)
-    items = None
-    if measurement.items is not None:
-        items = f"items-{measurement.name}.npy"
-        buffer = io.BytesIO()
-        np.save(buffer, measurement.items, allow_pickle=False)
-        result.items[items] = buffer.getvalue()
-    result.metrics.append(
-        MetricFacts(
-            name=measurement.name,
-            value=float(measurement.value),
-            low=measurement.low,
-            high=measurement.high,
-            unit=measurement.unit,
-            better=measurement.better,
-            source=source,
-            fingerprint=key,
-            details=dict(measurement.details),
-            items=items,
-            volatile=measurement.volatile,
-        )
-    )
 
 
 STAGES: Mapping[str, Callable[[Job, Report], StageResult]] = {

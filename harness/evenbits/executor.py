@@ -209,11 +209,14 @@ class LocalExecutor:
         forkserver.ensure_running()  # its imports take seconds: let them begin while the parent plans
         self._machine = _Machine()
         self._running: set[Any] = set()
+        self._closed = False
 
     def run(self, job: Job, log: Path, report: Report) -> StageOutcome:
-        """One stage in a child. Blocks; `report` gets its progress."""
+        """One stage in a child. Blocks; `report` gets its progress. Once closed, nothing is started any more."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with self._machine.alone() if job.stage == "profile" else self._machine.shared():
+            if self._closed:
+                return StageOutcome(None, StageFailure("signal", f"{job.stage} was stopped"), 0.0, 0)
             return self._run(job, log, report)
 
     def _run(self, job: Job, log: Path, report: Report) -> StageOutcome:
@@ -289,7 +292,8 @@ class LocalExecutor:
         return StageOutcome(None, StageFailure("error", text), seconds, peak)
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill what still runs; what waits for its turn is not begun."""
+        self._closed = True
         for child in list(self._running):
             _kill(child)
 

@@ -25,6 +25,9 @@ from evenbits.store import Results
 from evenbits.suite import Suite
 
 COST = "cost.json"
+PROFILES_AT_ONCE = 8
+"""Profilers need the machine alone, and each time the other workers wait for the longest stage under way. So trials
+side by side wait for each other and are profiled together; a killed run measures the waiting ones again."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Run:
         self._guard = threading.Lock()
         self._announcing = threading.Lock()
         self._stopping = threading.Event()
+        self._records: dict[str, Record] = {}
+        self._to_profile: list[_Stages] = []
 
     def go(self) -> list[Record]:
         """All records in the plan's order. Raises ArtifactError when records cannot be written (a full disk)."""
@@ -97,7 +102,7 @@ class Run:
             self.display.notice(f"removed {left} unfinished file(s) of a run that was killed")
         artifacts = [key for trial in self.plan.trials for key in trial.chain]
         self.results.write_plan(suite.name, self.plan.order, artifacts)
-        records: dict[str, Record] = {}
+        records = self._records
         found = {trial.id: self._found(trial) for trial in self.plan.trials}
         self.display.begin(len(self.plan.order), 0)
         self._announce("on_plan", plan=self.plan)
@@ -109,13 +114,14 @@ class Run:
                 self._publish(record, resumed=True)
         pending = [trial for trial in self.plan.trials if trial.id not in records]
         with ThreadPoolExecutor(max_workers=self.executor.workers) as pool:
-            futures = {trial.id: pool.submit(self._trial, trial) for trial in pending}
+            futures = [pool.submit(self._trial, trial) for trial in pending]
             try:
-                for trial_id, future in futures.items():
-                    records[trial_id] = future.result()
+                for future in futures:
+                    future.result()
+                self._profile(self._to_profile)
             except BaseException:
                 self._stopping.set()
-                for future in futures.values():
+                for future in futures:
                     future.cancel()
                 self.executor.close()
                 raise
@@ -138,13 +144,29 @@ class Run:
 
     # -- one trial ------------------------------------------------------------------------------------------
 
-    def _trial(self, trial: Trial) -> Record:
+    def _trial(self, trial: Trial) -> None:
+        """Compress and evaluate; then profile, with those that wait for it once they are enough."""
         self._announce("on_trial_start", trial=trial)
-        started = _now()
-        folder = self.results.trial_folder(trial.suite, trial.id)
-        log = folder / "log.txt"
-        stages = _Stages(self, trial, log)
-        failure = stages.run()
+        stages = _Stages(self, trial, self.results.trial_folder(trial.suite, trial.id) / "log.txt")
+        failure = stages.measure_quality()
+        if failure is not None or not trial.profilers:
+            self._finish(stages, failure)
+            return
+        ready: list[_Stages] = []
+        with self._guard:
+            self._to_profile.append(stages)
+            if len(self._to_profile) >= (PROFILES_AT_ONCE if self.executor.workers > 1 else 1):
+                ready, self._to_profile = self._to_profile, []
+        self._profile(ready)
+
+    def _profile(self, ready: Sequence[_Stages]) -> None:
+        """All at once: the executor lets them through one by one, and nothing else in between."""
+        if ready:
+            with ThreadPoolExecutor(max_workers=len(ready)) as pool:
+                list(pool.map(lambda stages: self._finish(stages, stages.profile()), ready))
+
+    def _finish(self, stages: _Stages, failure: Failure | None) -> None:
+        trial, folder = stages.trial, stages.log.parent
         if failure is not None and self._stopping.is_set():
             raise InterruptedError(f"{trial.title}: stopped by the user")  # its child was killed by us: no failure
         record = Record(
@@ -161,14 +183,14 @@ class Run:
             seconds=stages.seconds,
             peaks=stages.peaks,
             environment=dict(self.context.environment),
-            started=started,
+            started=stages.started,
             finished=_now(),
         )
         self._write(folder, record, stages.items, stages.attachments)
+        self._records[trial.id] = record
         self._publish(record, resumed=False)
         if failure is not None:
             self._announce("on_trial_failed", trial=trial, record=record)
-        return record
 
     def _skipped(self, skip: Skip) -> Record:
         record = Record(
@@ -225,8 +247,9 @@ class _Stages:
 
     def __init__(self, run: Run, trial: Trial, log: Path) -> None:
         self._run = run
-        self._trial = trial
-        self._log = log
+        self.trial = trial
+        self.log = log
+        self.started = _now()
         self.metrics: list[Any] = []
         self.fingerprints: dict[str, dict[str, Any]] = {}
         self.items: dict[str, np.ndarray[Any, Any]] = {}
@@ -238,24 +261,29 @@ class _Stages:
         self.ledger: Any = None
         self.layers: tuple[Any, ...] = ()
 
-    def run(self) -> Failure | None:
+    def measure_quality(self) -> Failure | None:
+        """Compress what is not there yet, and evaluate."""
+        return self._guarded(lambda: self._compress() or self._measure("evaluate"))
+
+    def profile(self) -> Failure | None:
+        return self._guarded(lambda: self._measure("profile"))
+
+    @staticmethod
+    def _guarded(stages: Callable[[], Failure | None]) -> Failure | None:
         try:
-            failure = self._compress() or self._measure("evaluate")
-            if failure is None and self._trial.profilers:
-                failure = self._measure("profile")
+            return stages()
         except OSError as error:
             return Failure(kind="error", stage="run", message=f"{type(error).__name__}: {error}")
-        return failure
 
     def within_budget(self) -> bool | None:
-        budget = self._trial.budget
+        budget = self.trial.budget
         if budget is None or self.ledger is None:
             return None
         bits = self.ledger.bits
         return (bits.linear if budget.on == "linear" else bits.model) in budget
 
     def _compress(self) -> Failure | None:
-        trial, results = self._trial, self._run.results
+        trial, results = self.trial, self._run.results
         if trial.artifact is None:
             return None
         cost = results.artifacts / trial.artifact / COST
@@ -296,16 +324,16 @@ class _Stages:
 
         job = Job(
             stage=stage,  # type: ignore[arg-type]
-            trial=self._trial,
+            trial=self.trial,
             artifacts=self._run.results.artifacts,
             cache=self._run.results.cache,
             compress_peak_bytes=self.peaks.get("compress"),
             compress_seconds=self.seconds.get("compress"),
         )
-        display, trial = self._run.display, self._trial
+        display, trial = self._run.display, self.trial
         display.stage(trial, stage, 0, 0, stage)
         return self._run.executor.run(
-            job, self._log, lambda done, total, what: display.stage(trial, stage, done, total, what)
+            job, self.log, lambda done, total, what: display.stage(trial, stage, done, total, what)
         )
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from evenbits.errors import ArtifactError
+from evenbits.executor import LocalExecutor
 from evenbits.plugins import load_plugins
 from evenbits.record import read_items
 from evenbits.store import Results
@@ -164,22 +166,50 @@ def test_an_evaluator_that_misbehaves(here: Any, suites: Any, what: str) -> None
 # -- profilers alone --------------------------------------------------------------------------------------------
 
 
-def test_nothing_runs_beside_a_profiler(here: Any, suites: Any) -> None:
+def spans_of(here: Any, suites: Any, top: str) -> list[tuple[str, float, float]]:
+    """(kind, begun, ended) of the evaluators and profilers of five trials, in the order in which they began."""
     spans = here.folder / "spans.txt"
     tables = "".join(
         f'[[{kind}s]]\nname = "span-{name}"\noptions.file = "{spans}"\noptions.kind = "{name}"\n'
         for kind, name in (("evaluator", "eval"), ("profiler", "profile"))
     )
-    records, _ = here.run(suites.text(top="limits = { workers = 3 }", tables=tables))
+    records, _ = here.run(suites.text(top=top, tables=tables))
     assert {record.status for record in records} == {"done"}
+    assert {len(record.metrics) for record in records} == {len(records[0].metrics)}
     lines = [line.split() for line in spans.read_text().splitlines()]
-    found = [(kind, float(begun), float(ended)) for kind, begun, ended in lines]
+    found = sorted((float(begun), float(ended), kind) for kind, begun, ended in lines)
     assert len(found) == 10
+    return [(kind, begun, ended) for begun, ended, kind in found]
+
+
+def test_nothing_runs_beside_a_profiler(here: Any, suites: Any) -> None:
+    found = spans_of(here, suites, "limits = { workers = 3 }")
     overlaps = [
         (a[0], b[0]) for i, a in enumerate(found) for b in found[i + 1 :] if a[1] < b[2] and b[1] < a[2]
     ]  # fmt: skip
     assert ("eval", "eval") in overlaps  # they do share the machine, or the test shows nothing
     assert set(overlaps) == {("eval", "eval")}
+    assert [kind for kind, *_ in found] == ["eval"] * 5 + ["profile"] * 5  # fewer than are profiled together
+
+
+def test_trials_wait_for_each_other_to_be_profiled(here: Any, suites: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evenbits.run.PROFILES_AT_ONCE", 2)
+    kinds = "".join(kind[0] for kind, *_ in spans_of(here, suites, "limits = { workers = 2 }"))
+    assert kinds.endswith("p")
+    assert max(kinds.count("e", 0, i) - kinds.count("p", 0, i) for i in range(11)) <= 3  # two waiting, one at work
+    assert "pp" in kinds
+
+
+def test_one_worker_profiles_at_once(here: Any, suites: Any) -> None:
+    assert [kind for kind, *_ in spans_of(here, suites, "limits = { workers = 1 }")] == ["eval", "profile"] * 5
+
+
+def test_a_closed_executor_begins_nothing(tmp_path: Path) -> None:
+    executor = LocalExecutor()
+    executor.close()
+    outcome = executor.run(cast(Any, SimpleNamespace(stage="profile")), tmp_path / "log.txt", lambda *_: None)
+    assert outcome.failure is not None
+    assert "stopped" in outcome.failure.message
 
 
 # -- bad input --------------------------------------------------------------------------------------------------

@@ -165,6 +165,26 @@ class Artifact:
         with self._open("rest.safetensors") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping, only keys()
 
+    def rest_names(self) -> tuple[str, ...]:
+        """What `rest` would hold."""
+        with self._open("rest.safetensors") as opened:
+            return tuple(opened.keys())
+
+    def rest_tensor(self, name: str) -> Tensor:
+        """One of them; the others stay on disk."""
+        with self._open("rest.safetensors") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+    def adapter(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of one layer, or None where it has no adapter."""
+        if "adapters.safetensors" not in self.manifest.files:
+            return None
+        with self._open("adapters.safetensors") as opened:
+            if f"{layer}/{ADAPTER_A}" not in opened.keys():  # noqa: SIM118
+                return None
+            return opened.get_tensor(f"{layer}/{ADAPTER_A}"), opened.get_tensor(f"{layer}/{ADAPTER_B}")
+
     def adapters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Low-rank updates (A, B) by layer: the weight is what was restored plus B A."""
         if "adapters.safetensors" not in self.manifest.files:

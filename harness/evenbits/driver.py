@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from evenbits.artifact import ArtifactWriter
 from evenbits.block_pass import BlockPass
+from evenbits.blocks import NO_CALIBRATION, Blocks
 from evenbits.budget import BitBudget
-from evenbits.calibration import BlockRunner, DenseMoments, block_moments, layer_inputs
 from evenbits.compressor import (
     AnyCompressor,
     Block,
@@ -30,30 +30,24 @@ from evenbits.compressor import (
     LayerCompressor,
     LayerShape,
     ModelCompressor,
-    ModelShapes,
     Needs,
     PackedLayer,
     Role,
     Shared,
 )
 from evenbits.errors import EvenbitsError, TrialFailed
-from evenbits.fisher import DenseFisher
 from evenbits.manifest import StoredLayer
 from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.models import (
-    check_coverage,
     get_weight,
     guarded_randomness,
-    open_model,
     read_tensor,
-    read_weight,
     set_weight,
     torch_dtype,
 )
-from evenbits.shapes import Architecture, Inventory, StoredTensor, read_inventory
+from evenbits.shapes import StoredTensor
 
 Advance = Callable[[int], None]
-NO_CALIBRATION = "statistics were asked for, and the suite gives no calibration data"
 
 
 def seeded_generator(seed: int, *names: str) -> torch.Generator:
@@ -90,90 +84,23 @@ class Stored:
     form: str = "layers"
 
 
-class Survey:
-    """All weights, one at a time, from the checkpoint files."""
-
-    def __init__(
-        self,
-        inventory: Inventory,
-        shapes: ModelShapes,
-        device: torch.device,
-        moments: DenseMoments | None,
-        fisher: DenseFisher | None,
-    ) -> None:
-        self.shapes = shapes
-        self._inventory = inventory
-        self._device = device
-        self._moments = moments
-        self._fisher = fisher
-
-    def __iter__(self) -> Iterator[tuple[LayerShape, Tensor]]:
-        for layer, tensor in self._inventory.layers:
-            yield layer, read_weight(tensor, self._inventory.architecture).to(self._device)
-
-    def second_moment(self, name: str) -> Tensor:
-        if self._moments is None:
-            raise TrialFailed(f"{name}: {NO_CALIBRATION}")
-        return self._moments.get(name).to(self._device)
-
-    def fisher(self, name: str) -> Tensor:
-        if self._fisher is None:
-            raise TrialFailed(f"{name}: {NO_CALIBRATION}")
-        return self._fisher.get(name).to(self._device)
-
-
 class Driver:
     """One compression, from weights to an artifact's files."""
 
     def __init__(self, work: Work, writer: ArtifactWriter) -> None:
         self.work = work
         self.writer = writer
-        self.inventory = read_inventory(work.model_folder)
-        self.shapes = self.inventory.shapes(work.dtype)
+        self.blocks = Blocks(work)
+        self.inventory = self.blocks.inventory
+        self.shapes = self.blocks.shapes
         self.stored = Stored()
         self.changed: dict[str, Tensor] = {}
         self.shared: Shared | None = None
-        self._model: nn.Module | None = None
-        self._runner: BlockRunner | None = None
         self._refreshed: dict[str, Layer] = {}  # with the statistics that a block compressor last asked for
-
-    # -- what is opened on demand ---------------------------------------------------------------------------
 
     @property
     def model(self) -> nn.Module:
-        if self._model is None:
-            work = self.work
-            self._model = open_model(
-                work.model_folder, work.dtype, work.device, trust_remote_code=work.trust_remote_code
-            )
-            check_coverage(self._model, self.inventory)
-        return self._model
-
-    def runner(self) -> BlockRunner:
-        if self.work.tokens is None:
-            raise TrialFailed(NO_CALIBRATION)
-        if self._runner is None:
-            self._runner = BlockRunner(self.model, self.inventory.architecture, self.work.tokens)
-        return self._runner
-
-    def moments(self) -> DenseMoments | None:
-        if self.work.tokens is None or self.work.moments_folder is None:
-            return None
-        return DenseMoments(self.work.moments_folder, self.runner, self.inventory)
-
-    def fisher(self) -> DenseFisher | None:
-        """Beside the moments. Its model is its own: ours may be in a narrow dtype, or partly compressed by now."""
-        work = self.work
-        if work.tokens is None or work.moments_folder is None:
-            return None
-
-        def open_dense() -> nn.Module:
-            model: nn.Module = open_model(
-                work.model_folder, "float32", work.device, trust_remote_code=work.trust_remote_code
-            )
-            return model
-
-        return DenseFisher(work.moments_folder, open_dense, self.inventory, work.tokens)
+        return self.blocks.model
 
     # -- the road -------------------------------------------------------------------------------------------
 
@@ -184,8 +111,7 @@ class Driver:
             if not isinstance(compressor, LayerCompressor):
                 self._whole(compressor)
                 return self.stored
-            survey = Survey(self.inventory, self.shapes, self.work.device, self.moments(), self.fisher())
-            self.shared = compressor.prepare(survey, seeded_generator(self.work.seed, "prepare"))
+            self.shared = compressor.prepare(self.blocks.survey(), seeded_generator(self.work.seed, "prepare"))
             if self.shared is not None:
                 self.writer.write_shared(self.shared)
                 self.stored.shared = dict(self.shared.roles)
@@ -200,22 +126,16 @@ class Driver:
         self._rest()
         return self.stored
 
-    def _by_block(self) -> Iterator[tuple[int, list[tuple[LayerShape, StoredTensor]]]]:
-        blocks: dict[int, list[tuple[LayerShape, StoredTensor]]] = {}
-        for layer, tensor in self.inventory.layers:
-            blocks.setdefault(layer.block, []).append((layer, tensor))
-        yield from sorted(blocks.items())
-
     @torch.no_grad()
     def _stream(self, compressor: LayerCompressor) -> None:
         wanted = self.work.needs.statistics
-        fisher = self.fisher() if wanted == "fisher" else None
-        moments = self.moments() if wanted in ("second_moment", "fisher") else None
+        fisher = self.blocks.fisher() if wanted == "fisher" else None
+        moments = self.blocks.moments() if wanted in ("second_moment", "fisher") else None
         if moments is None and wanted != "none":
             raise TrialFailed(NO_CALIBRATION)
-        for index, layers in self._by_block():
+        for index, layers in self.blocks:
             for shape, tensor in layers:
-                weight = read_weight(tensor, self.inventory.architecture).to(self.work.device)
+                weight = self.blocks.weight(tensor)
                 # first, while no other model is open for the moments
                 felt = None if fisher is None else fisher.get(shape.name).to(self.work.device)
                 moment = None if moments is None else moments.get(shape.name).to(self.work.device)
@@ -224,10 +144,10 @@ class Driver:
 
     @torch.no_grad()
     def _sequential(self, compressor: LayerCompressor) -> None:
-        runner, needs = self.runner(), self.work.needs
+        runner, needs = self.blocks.runner(), self.work.needs
         hidden = list(runner.hidden)
         in_turn = needs.within_block and needs.statistics == "second_moment"
-        blocks = list(self._by_block())
+        blocks = list(self.blocks)
         for index, layers in blocks:
             shapes = [shape for shape, _ in layers]
             weights = {shape.name: tensor for shape, tensor in layers}
@@ -239,8 +159,8 @@ class Driver:
             if isinstance(compressor, BlockCompressor):
                 self._block(compressor, index, shapes, weights, hidden)
             else:
-                for group in _in_order(self.inventory.architecture, shapes) if needs.within_block else [shapes]:
-                    self._group(compressor, self._layers(index, group, hidden), weights)
+                for group in self.blocks.groups(shapes) if needs.within_block else [shapes]:
+                    self._group(compressor, self.blocks.layers(index, group, hidden), weights)
             self._flush(index)
             if not last:
                 hidden = runner.run_all(index, hidden)
@@ -255,39 +175,18 @@ class Driver:
         last: bool,
     ) -> list[Tensor]:
         """Group by group in the order in which inputs become known; returns the block's outputs, none for the last."""
-        groups = _in_order(self.inventory.architecture, shapes)
+        groups = self.blocks.groups(shapes)
         modules = [{shape.name: self.model.get_submodule(shape.name) for shape in group} for group in groups]
-        with BlockPass(self.runner(), index, hidden, modules) as under_way:
+        with BlockPass(self.blocks.runner(), index, hidden, modules) as under_way:
             for number, group in enumerate(groups):
                 moments = under_way.moments(number)
                 layers = [Layer(shape, moments[shape.name], None, self.work.budget) for shape in group]
                 self._group(compressor, layers, weights)
             return [] if last else under_way.outputs()
 
-    def _layers(self, index: int, shapes: Sequence[LayerShape], hidden: Sequence[Tensor]) -> list[Layer]:
-        """The layers with the statistics that the compressor needs, through the blocks as they are now."""
-        runner, modules = self.runner(), {shape.name: self.model.get_submodule(shape.name) for shape in shapes}
-        moments: Mapping[str, Tensor] = {}
-        inputs: Mapping[str, Tensor] = {}
-        if self.work.needs.statistics != "none":
-            moments = block_moments(runner, index, hidden, modules)
-        if self.work.needs.statistics == "inputs":
-            inputs = layer_inputs(runner, index, hidden, modules)
-        fisher = self.fisher() if self.work.needs.statistics == "fisher" else None
-        return [
-            Layer(
-                shape,
-                moments.get(shape.name),
-                inputs.get(shape.name),
-                self.work.budget,
-                None if fisher is None else fisher.get(shape.name).to(self.work.device),
-            )
-            for shape in shapes
-        ]
-
     def _group(self, compressor: LayerCompressor, layers: Sequence[Layer], weights: Mapping[str, StoredTensor]) -> None:
         for layer in layers:
-            weight = read_weight(weights[layer.name], self.inventory.architecture).to(self.work.device)
+            weight = self.blocks.weight(weights[layer.name])
             restored = self._compress(compressor, weight, layer)
             set_weight(self.model.get_submodule(layer.name), restored, self.inventory.architecture)
 
@@ -299,7 +198,7 @@ class Driver:
         weights: Mapping[str, StoredTensor],
         hidden: Sequence[Tensor],
     ) -> None:
-        runner = self.runner()
+        runner = self.blocks.runner()
         module = runner.blocks[index]
         targets = runner.run_all(index, hidden)
         block = self._opened(index, module, shapes, hidden)
@@ -312,7 +211,7 @@ class Driver:
         architecture = self.inventory.architecture
         for told in block.layers:
             layer = self._refreshed.pop(told.name, told)
-            weight = read_weight(weights[layer.name], architecture).to(self.work.device)
+            weight = self.blocks.weight(weights[layer.name])
             fold = result.folds.get(layer.name)
             restored = self._store(compressor, weight, layer, result.layers[layer.name], fold)
             set_weight(self.model.get_submodule(layer.name), restored, architecture)
@@ -325,11 +224,11 @@ class Driver:
             self.changed[name] = tensor
 
     def _opened(self, index: int, module: nn.Module, shapes: Sequence[LayerShape], hidden: Sequence[Tensor]) -> Block:
-        runner, architecture, needs = self.runner(), self.inventory.architecture, self.work.needs
+        runner, architecture, needs = self.blocks.runner(), self.inventory.architecture, self.work.needs
         by_name = {shape.name: shape for shape in shapes}
 
         def refresh(names: Sequence[str]) -> list[Layer]:
-            layers = self._layers(index, [by_name[name] for name in names], hidden)
+            layers = self.blocks.layers(index, [by_name[name] for name in names], hidden)
             self._refreshed.update({layer.name: layer for layer in layers})
             return layers
 
@@ -338,12 +237,12 @@ class Driver:
             module,
             [Layer(s, budget=self.work.budget) for s in shapes]
             if needs.within_block
-            else self._layers(index, shapes, hidden),
+            else self.blocks.layers(index, shapes, hidden),
             run=lambda states: runner.run(index, states),
             weight=lambda name: get_weight(self.model.get_submodule(name), architecture),
             install=lambda name, weight: set_weight(self.model.get_submodule(name), weight, architecture),
             refresh=refresh,
-            groups=[[shape.name for shape in group] for group in _in_order(architecture, shapes)],
+            groups=[[shape.name for shape in group] for group in self.blocks.groups(shapes)],
         )
 
     # -- one layer ------------------------------------------------------------------------------------------
@@ -423,12 +322,6 @@ class Driver:
         self.stored.form, self.stored.whole = "whole", sink.roles
         self.stored.whole_weights = sink.weights
         self.work.advance(self.shapes.weights)
-
-
-def _in_order(architecture: Architecture, shapes: Sequence[LayerShape]) -> list[list[LayerShape]]:
-    """The layers of a block in groups of one input, in the order in which the inputs become known."""
-    kinds = architecture.groups
-    return [found for group in kinds if (found := [shape for shape in shapes if shape.kind in group])]
 
 
 def _unfolded(restored: Tensor, fold: Fold) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from evenbits.artifact import Artifact
 from evenbits.compressor import LayerCompressor, Options
-from evenbits.driver import restore_layer
-from evenbits.errors import ArtifactError, SuiteError
+from evenbits.errors import ArtifactError, SuiteError, TrialFailed
 from evenbits.measure import Text
 from evenbits.models import build_model, load_tokenizer, open_model, torch_dtype
 from evenbits.plugins import Registry
 from evenbits.shapes import ARCHITECTURES, read_config
+from evenbits.streaming import BlockStream
 from evenbits.suite import check_options
+from evenbits.weights import ArtifactWeights, DenseWeights, StoredWeights, restored_weight
 from evenbits.whole import restore_whole
 
 
@@ -44,15 +45,22 @@ def restore_state(artifact: Artifact, compressor: LayerCompressor) -> dict[str, 
     dtype = torch_dtype(artifact.manifest.dtype)
     transposed = ARCHITECTURES[read_config(artifact.folder)["model_type"]].transposed
     state = artifact.rest()
-    adapters = artifact.adapters()
     with torch.no_grad():
         for stored, packed in artifact.packed():
-            weight = restore_layer(compressor, packed, stored.shape, artifact.shared)
-            if stored.name in adapters:
-                a, b = adapters[stored.name]
-                weight = weight + b.float() @ a.float()
+            weight = restored_weight(compressor, artifact, stored, packed)
             state[f"{stored.name}.weight"] = (weight.T if transposed else weight).to(dtype).contiguous()
     return state
+
+
+def _open_artifact(folder: Path, registry: Registry, *, trust_remote_code: bool) -> tuple[Artifact, Any]:
+    """The artifact, verified against its hashes, and the compressor that restores it. Raises as `load_artifact`."""
+    artifact = Artifact(folder)
+    manifest = artifact.manifest
+    if manifest.trust_remote_code and not trust_remote_code:
+        raise ArtifactError(f"{folder}: its model runs code of its own; allow it by trust_remote_code if you trust it")
+    if manifest.method == "dense":
+        return artifact, LayerCompressor()
+    return artifact, make_compressor(registry, manifest.method, manifest.options)
 
 
 def load_artifact(
@@ -63,14 +71,8 @@ def load_artifact(
     Raises ArtifactError for a damaged or too new artifact, and for one that brings code of its own where the caller
     does not trust it; SuiteError when the method's plugin is missing.
     """
-    artifact = Artifact(folder)
+    artifact, compressor = _open_artifact(folder, registry, trust_remote_code=trust_remote_code)
     manifest = artifact.manifest
-    if manifest.trust_remote_code and not trust_remote_code:
-        raise ArtifactError(f"{folder}: its model runs code of its own; allow it by trust_remote_code if you trust it")
-    if manifest.method == "dense":
-        compressor: Any = LayerCompressor()
-    else:
-        compressor = make_compressor(registry, manifest.method, manifest.options)
     if manifest.model_form == "whole":
         return restore_whole(artifact, compressor).to(device)
     state = restore_state(artifact, compressor)
@@ -91,15 +93,18 @@ class MeasuredModel:
     base_facts: Mapping[str, Any]
     sizes: Mapping[str, int] = field(default_factory=dict)
     compress_peak_bytes: int | None = None
+    compress_device_peak_bytes: int | None = None
     compress_seconds: float | None = None
     trust_remote_code: bool = False
     report: Callable[[int, int, str], None] = lambda done, total, what: None
-    _opened: tuple[nn.Module, Any] | None = None
+    _model: nn.Module | None = None
+    _tokenizer: Any = None
     _attention: str | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What belongs in every fingerprint; the attention implementation is known once the model is open."""
+        """What belongs in every fingerprint; the attention implementation is known once the model is open
+        or streamed."""
         return {**self.base_facts, "attention": self._attention}
 
     def load(self) -> tuple[nn.Module, Any]:
@@ -116,18 +121,42 @@ class MeasuredModel:
         self._attention = getattr(model.config, "_attn_implementation", None)
         return model, load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
-    def _once(self) -> tuple[nn.Module, Any]:
-        if self._opened is None:
-            self._opened = self.load()
-        return self._opened
-
     @property
     def model(self) -> nn.Module:
-        return self._once()[0]
+        if self._model is None:
+            self._model, tokenizer = self.load()
+            if self._tokenizer is None:
+                self._tokenizer = tokenizer
+        return self._model
 
     @property
     def tokenizer(self) -> Any:
-        return self._once()[1]
+        """Without opening the model."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
+        return self._tokenizer
+
+    def stream_logits(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """(B, T, vocab) logits of each batch (B, T) of token ids, in order, as the model held whole would give them,
+        with one block of the stored model in memory at a time (`evenbits.streaming`).
+
+        Raises TrialFailed for what cannot be streamed: a model stored whole, or one that a plugin may open.
+        """
+        dtype, trusted = self.dtype, self.trust_remote_code
+        weights: StoredWeights
+        if self.artifact:
+            artifact, compressor = _open_artifact(self.folder, self.registry, trust_remote_code=trusted)
+            weights, dtype = ArtifactWeights(artifact, compressor), artifact.manifest.dtype
+        elif loaders := self.registry.packages_of("load_model"):
+            raise TrialFailed(
+                f"{self.folder}: plugin {loaders[0]} may open dense models in a way of its own (load_model), which "
+                'cannot be streamed a block at a time; give memory = "model"'
+            )
+        else:
+            weights = DenseWeights(self.folder)
+        stream = BlockStream(weights, self.folder, dtype, self.device, trust_remote_code=trusted)
+        self._attention = stream.attention
+        return stream.logits(batches, self.progress(stream.blocks, "blocks"))
 
     def corpus(self, reference: Mapping[str, Any]) -> Text:
         return read_corpus(self.registry, reference)

@@ -109,6 +109,7 @@ class ProfileSubject(_Stored, Protocol):
 
     sizes: bytes on disk, "linear" and "model", and the dense model's as "dense_linear" and "dense_model".
     compress_peak_bytes, compress_seconds: of the compress stage, None for the dense model.
+    compress_device_peak_bytes: by torch's allocator, where that stage ran on a GPU.
     """
 
     @property
@@ -116,6 +117,9 @@ class ProfileSubject(_Stored, Protocol):
 
     @property
     def compress_peak_bytes(self) -> int | None: ...
+
+    @property
+    def compress_device_peak_bytes(self) -> int | None: ...
 
     @property
     def compress_seconds(self) -> float | None: ...
@@ -139,6 +143,7 @@ class Evaluator:
 
     corpora  the corpora it reads, so that overlap with calibration is checked
     files    other local files it reads; the plan hashes them
+    location the options that only say where those files are
     preload  modules that are slow to import: the fork server loads them once for all children
     """
 
@@ -148,6 +153,7 @@ class Evaluator:
     make: Callable[[Any], EvaluatorStage]
     corpora: Callable[[Any], Sequence[Mapping[str, Any]]] = lambda options: ()
     files: Callable[[Any], Sequence[Path]] = lambda options: ()
+    location: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
 
 

@@ -205,7 +205,8 @@ class Planner:
         checked = evaluator.options.model_validate(dict(stage.options))
         references = list(evaluator.corpora(checked))
         files = [self._digests.file(Path(path)) for path in evaluator.files(checked)]
-        options = {key: value for key, value in stage.options.items() if value not in references}
+        given = checked.model_dump(mode="json", exclude_unset=True, exclude=set(evaluator.location) if files else None)
+        options = {key: value for key, value in given.items() if value not in references}
         texts = [self._text(reference) for reference in references]
         return {**asdict(stage), "options": options, "texts": texts, "files": files}
 

@@ -15,6 +15,7 @@ from evenbits.errors import MissingExtra, SuiteError
 from evenbits.measure import Text
 from evenbits_corpora import texts
 from evenbits_corpora.options import HubOptions, SplitOptions, WikitextOptions
+from evenbits_corpora.wikipages import articles, detokenize
 
 Row = Mapping[str, Any]
 
@@ -147,7 +148,12 @@ def read_hub(source: Source) -> Callable[[Any], Text]:
                 )
             rows = _hub_rows(source, split, revision)
             identity |= {"repository": source.repository, "revision": revision}
-        documents = [source.document(row) for row in islice(rows, options.documents)]
+        found: Iterable[str] = (source.document(row) for row in rows)
+        if isinstance(options, WikitextOptions) and options.form != "rows":
+            found = articles(found)
+            found = map(detokenize, found) if options.form == "lm-eval" else found
+            identity["form"] = options.form
+        documents = list(islice(found, options.documents))
         if options.documents is not None:
             identity["documents"] = options.documents
         texts.refuse_empty(documents, source.name, options.path or source.repository)

@@ -56,3 +56,8 @@ class WikitextOptions(HubOptions):
     split: Literal["train", "validation", "test"] = Field(
         default="test", description="test for perplexity, train for calibration"
     )
+    form: Literal["rows", "pages", "lm-eval"] = Field(
+        default="rows",
+        description="what a document is. rows: a row, as the papers join them. pages: an article. lm-eval: an article "
+        "detokenized as lm-eval's wikitext task scores it",
+    )

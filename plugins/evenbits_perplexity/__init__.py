@@ -28,6 +28,6 @@ def provide_evaluators() -> Sequence[Evaluator]:
             summary="exp of the mean next-token loss over windows of a text",
             options=PerplexityOptions,
             make=_make,
-            corpora=lambda options: (options.corpus,),
+            corpora=lambda options: tuple(c for c in (options.corpus, options.units_of) if c is not None),
         )
     ]

@@ -6,21 +6,22 @@ Where BOS stands moves the number as much as four-bit quantisation does, so noth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional
+from torch import Tensor
 
 from evenbits.errors import TrialFailed
-from evenbits.measure import Measurement, Subject
+from evenbits.measure import Measurement, Subject, Text
 from evenbits.sampling import tokenizer_identity
+from evenbits.statistics import bootstrap_interval
+from evenbits_perplexity import counts
+from evenbits_perplexity.losses import FloatArray, batch_inputs, model_logits, order_batches, sum_losses
 from evenbits_perplexity.options import PerplexityOptions
-from evenbits_perplexity.windows import cut_windows
+from evenbits_perplexity.windows import Cut, cut_windows, prefix_token
 
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
-RESAMPLES = 1000
 LARGEST_LOSS = 709.0  # exp of more is infinite in float64, which no record can hold
 
 
@@ -29,55 +30,163 @@ class PerplexityEvaluator:
         self.options = options
 
     def evaluate(self, subject: Subject) -> Sequence[Measurement]:
-        """One measurement, "perplexity".
+        """One measurement, "perplexity", and those of the option `per`.
 
-        items: per window, the loss in nats per token (float64). Under windows = documents, whose windows differ in
-        length, each is weighted by its share of the predictions, so that the plain mean of the items is always the
-        loss of which the perplexity is the exp.
-        low, high: 95 % percentile bootstrap over windows, 1000 resamples, fixed seed.
-        Raises TrialFailed when the text is shorter than a window, or at the first window whose loss is not finite.
+        items: per window, the loss in nats per token (float64), or per word, per byte, or in bits per byte. Under
+        windows = documents or rolling, whose windows differ in length, each is weighted by its share of the
+        predictions, so that the plain mean of the items is always the loss of which the perplexity is the exp.
+        details["weights"]: predictions of each window, where they differ.
+        low, high: 95 % percentile bootstrap over windows, the loss itself where there is only one; per word and per
+        byte, words and bytes per token are taken as facts of the text.
+        Raises TrialFailed when the text is shorter than a window or not what its name says, or at the first window
+        whose loss is not finite.
         """
         options = self.options
         text = subject.corpus(options.corpus)
         context = options.context or _model_context(subject.model)
-        windows, tokens = cut_windows(text, subject.tokenizer, context, options)
-        sums = _window_losses(
-            subject.model, windows, options.batch_size, subject.device, subject.progress(len(windows), "perplexity")
-        )
-        counts = np.array([len(window) - 1 for window in windows], dtype=np.float64)
-        predictions = int(counts.sum())
+        text_counts = counts.count_text(text) if options.allow_other_counts else counts.check_text(text)
+        cut = cut_windows(text, subject.tokenizer, context, options)
+        known = {}
+        if options.windows == "joined" and (family := counts.known_tokens(text, subject.tokenizer)) is not None:
+            if not options.allow_other_counts:
+                counts.check_tokens(family, cut.tokens, cut.special, context)
+            known = {"known": {"tokenizer": family.name, "tokens": family.tokens + cut.special}}
+        units = self._units(subject, text, cut)
+        sums, logits_dtype = self._losses(subject, cut, context)
+        predicted = np.array([window.predicted for window in cut.windows], dtype=np.float64)
+        predictions = int(predicted.sum())
         loss = float(sums.sum() / predictions)
-        low, high = bootstrap_interval(sums, counts)
+        items = sums * (len(sums) / predictions)
+        low, high = bootstrap_interval(items, weights=predicted) if len(items) > 1 else (loss, loss)
         if high > LARGEST_LOSS:
             raise TrialFailed(f"perplexity overflows a float: mean loss {loss:.1f} nats/token")
-        sizes = {"tokens": tokens, "windows": len(windows), "predictions": predictions}
+        sizes = {"tokens": cut.tokens, "windows": len(cut.windows), "predictions": predictions}
+        fingerprint = self._fingerprint(subject, text, cut, context)
+        fingerprint |= {**sizes, "text": text_counts, "logits_dtype": logits_dtype}
+        found = Measurement(
+            name="perplexity",
+            value=math.exp(loss),
+            unit="perplexity",
+            better="lower",
+            low=math.exp(low),
+            high=math.exp(high),
+            fingerprint={**fingerprint, "metric": "perplexity"},
+            details={
+                "loss": loss,
+                "loss_unit": "nats/token",
+                "batch_size": options.batch_size,
+                "memory": options.memory,
+                **({"protocol": options.protocol} if options.protocol else {}),
+                **({"passed_over": cut.even_draws} if options.windows == "sampled" else {}),
+                **sizes,
+                **known,
+                "text": text_counts,
+                **_per_units(float(sums.sum()), units),
+                **({} if len(set(predicted)) == 1 else {"weights": predicted.astype(int).tolist()}),
+            },
+            items=items,
+        )
+        return [found, *(self._per(name, found, units, loss, low, high) for name in options.per)]
+
+    def _losses(self, subject: Subject, cut: Cut, context: int) -> tuple[FloatArray, str]:
+        batches = order_batches(cut.windows, self.options.batch_size)
+        inputs = [batch_inputs(cut.windows, batch, context) for batch in batches]
+        logits: Iterable[Tensor]
+        if self.options.memory == "block":
+            stream = getattr(subject, "stream_logits", None)
+            if stream is None:
+                raise TrialFailed("memory = block: this model cannot be streamed; leave memory out")
+            logits = stream(inputs)
+        else:
+            logits = model_logits(subject.model, inputs, subject.device)
+        return sum_losses(cut.windows, batches, logits, subject.progress(len(cut.windows), "perplexity"))
+
+    def _units(self, subject: Subject, text: Text, cut: Cut) -> dict[str, int] | None:
+        """Words and bytes of what was predicted; None where the tokenizer cannot say. Raises TrialFailed then if a
+        measurement asks for them."""
+        options = self.options
+        if options.units_of is not None or options.words == "pieces":
+            whole = text if options.units_of is None else subject.corpus(options.units_of)
+            if len(whole.documents) != len(text.documents):
+                raise TrialFailed(
+                    f"units_of has {len(whole.documents)} documents and the corpus {len(text.documents)}: "
+                    "they must be the same ones"
+                )
+            words = re.compile(r"\s+").split if options.words == "pieces" else str.split
+            return {
+                "words": sum(len(words(document)) for document in whole.documents),
+                "bytes": sum(len(document.encode("utf-8", "surrogatepass")) for document in whole.documents),
+            }
+        if any(window.bytes is None for window in cut.windows):
+            if options.per:
+                raise TrialFailed(
+                    f"{options.per[0]} needs to know which text a token stands for, and this tokenizer does not say "
+                    "(not a fast one, or sampling = blocks): leave per out"
+                )
+            return None
+        units = {
+            "words": sum(window.words or 0 for window in cut.windows),
+            "bytes": sum(window.bytes or 0 for window in cut.windows),
+        }
+        if options.per and not all(units.values()):
+            raise TrialFailed(f"{options.per[0]}: no word or no byte was predicted")
+        return units
+
+    def _per(
+        self, name: str, found: Measurement, units: dict[str, int] | None, loss: float, low: float, high: float
+    ) -> Measurement:
+        assert units is not None
+        assert found.items is not None
+        unit = "words" if name == "word_perplexity" else "bytes"
+        share = found.details["predictions"] / units[unit]  # tokens per word or byte
+        if name == "bits_per_byte":
+            share /= math.log(2)
+        if high * share > LARGEST_LOSS and name != "bits_per_byte":
+            raise TrialFailed(f"{name} overflows a float: {loss * share:.1f} nats per {unit.removesuffix('s')}")
+        of = float if name == "bits_per_byte" else math.exp
+        rule: dict[str, Any] = {"words_rule": self.options.words} if unit == "words" else {}
+        if self.options.units_of is not None:
+            rule["units_of"] = {key: value for key, value in self.options.units_of.items() if key != "path"}
+        return Measurement(
+            name=name,
+            value=of(loss * share),
+            unit="bits/byte" if name == "bits_per_byte" else "perplexity",
+            better="lower",
+            low=of(low * share),
+            high=of(high * share),
+            fingerprint={**found.fingerprint, "metric": name, **rule, unit: units[unit]},
+            details={**found.details},
+            items=found.items * share,
+        )
+
+    def _fingerprint(self, subject: Subject, text: Text, cut: Cut, context: int) -> dict[str, Any]:
+        options, tokenizer = self.options, subject.tokenizer
         fingerprint = {
             **subject.facts,
-            "metric": "perplexity",
             "corpus": dict(text.identity),
-            "tokenizer": tokenizer_identity(subject.tokenizer),
+            "tokenizer": tokenizer_identity(tokenizer),
             "bos": options.bos,
+            "begins_with_bos": cut.windows[0].tokens[0] == tokenizer.bos_token_id,
             "context": context,
             "windows_rule": options.windows,
             "loss_dtype": "float32 per token, float64 sums",
-            **sizes,
         }
+        if options.windows == "rolling":
+            fingerprint["in_front"] = prefix_token(tokenizer)[0]
         if options.windows == "sampled":
             fingerprint["sampling"] = {"rule": text.sampling, "seed": 0}
-        details = {"loss": loss, "loss_unit": "nats/token", "batch_size": options.batch_size, **sizes}
-        return [
-            Measurement(
-                name="perplexity",
-                value=math.exp(loss),
-                unit="perplexity",
-                better="lower",
-                low=math.exp(low),
-                high=math.exp(high),
-                fingerprint=fingerprint,
-                details=details,
-                items=sums * (len(windows) / predictions),
-            )
-        ]
+        return fingerprint
+
+
+def _per_units(nats: float, units: dict[str, int] | None) -> dict[str, Any]:
+    """What stands in the details; perplexities that no float can hold are left out."""
+    if units is None or not all(units.values()):
+        return {}
+    per: dict[str, Any] = {"predicted": units, "bits_per_byte": nats / units["bytes"] / math.log(2)}
+    for name, unit in (("word_perplexity", "words"), ("byte_perplexity", "bytes")):
+        if nats / units[unit] < LARGEST_LOSS:
+            per[name] = math.exp(nats / units[unit])
+    return per
 
 
 def _model_context(model: Any) -> int:
@@ -85,43 +194,3 @@ def _model_context(model: Any) -> int:
     if not isinstance(context, int):
         raise TrialFailed("the model's config has no max_position_embeddings: give context")
     return context
-
-
-@torch.no_grad()
-def _window_losses(
-    model: torch.nn.Module,
-    windows: Sequence[Sequence[int]],
-    batch_size: int,
-    device: torch.device,
-    progress: Callable[[int], None],
-) -> FloatArray:
-    """Sum of the next-token losses of each window, in nats: float64 (windows,)."""
-    model.eval()
-    sums = np.zeros(len(windows))
-    order = sorted(range(len(windows)), key=lambda index: len(windows[index]))  # like lengths together: less padding
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        longest = len(windows[indices[-1]])
-        # padding stands on the right, where a causal model's earlier positions cannot see it
-        batch = torch.tensor([[*windows[i], *[0] * (longest - len(windows[i]))] for i in indices], device=device)
-        logits = model(input_ids=batch, use_cache=False).logits
-        for row, index in enumerate(indices):
-            last = len(windows[index]) - 1
-            # one row at a time: float32 logits of a whole batch would take gigabytes at real vocabularies
-            losses = functional.cross_entropy(logits[row, :last].float(), batch[row, 1 : last + 1], reduction="none")
-            sums[index] = losses.double().sum().item()
-        progress(len(indices))
-    bad = np.flatnonzero(~np.isfinite(sums))
-    if bad.size:
-        raise TrialFailed(f"loss is not finite in window {bad[0]} ({bad.size} of {len(windows)} windows)")
-    return sums
-
-
-def bootstrap_interval(sums: FloatArray, counts: FloatArray, share: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of sum(sums) / sum(counts) when windows are drawn again with replacement; fixed seed."""
-    draw = np.random.default_rng(0)
-    windows = len(sums)
-    times = draw.multinomial(windows, np.full(windows, 1 / windows), size=RESAMPLES)  # how often each is drawn
-    means = (times @ sums) / (times @ counts)
-    low, high = np.quantile(means, [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)

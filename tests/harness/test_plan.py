@@ -67,6 +67,22 @@ def test_one_bit_of_the_model_changes_every_trial(here: Any, suites: Any, own_mo
     assert changed(here, suites.text(ENTRIES), suites.text(ENTRIES, model=own_model), "artifact") == ALL - {"dense"}
 
 
+def test_where_a_protocols_text_lies_changes_nothing(here: Any, suites: Any, tiny: Any) -> None:
+    """An option of the evaluator's that becomes part of a corpus is known by what the text says, too."""
+    texts = [here.folder / name / "wiki.test.txt" for name in ("one", "two")]
+    suite = suites.text(ENTRIES)
+    corpus = f'options.corpus = {{ name = "text", path = "{tiny.test}" }}'
+    assert corpus in suite
+    for path in texts:
+        path.parent.mkdir()
+        shutil.copy(tiny.test, path)
+    first, second = (
+        suite.replace(corpus, f'options.protocol = "wikitext2"\noptions.path = "{path}"') for path in texts
+    )
+    assert changed(here, first, second) == set()
+    assert changed(here, suite, first) == ALL
+
+
 def test_what_the_texts_say_changes_trials(here: Any, suites: Any, tiny: Any) -> None:
     for path, trials, artifacts in ((tiny.train, {"gptq"}, {"gptq"}), (tiny.test, ALL, set())):
         copy = here.folder / path.name

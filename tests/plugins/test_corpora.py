@@ -106,6 +106,17 @@ def test_wikitext_rows_rebuild_the_string_that_gptq_joins(data: Path) -> None:
     assert text.sampling == "crop"
 
 
+def test_wikitext_articles_begin_at_headings_of_the_first_level(tmp_path: Path) -> None:
+    first = " = A = \n \n It 's 1 @.@ 5 ( or so ) . \n \n = = Part = = \n \n"
+    path = write(tmp_path / "wiki.test.raw", f" \n{first} = B = \n Two . \n")
+    pages = read("wikitext2", path=path, form="pages")
+    assert list(pages.documents) == [first.removesuffix("\n"), " = B = \n Two . \n"]
+    assert pages.identity["form"] == "pages"
+    assert "form" not in read("wikitext2", path=path).identity
+    scored = read("wikitext2", path=path, form="lm-eval", documents=1)
+    assert list(scored.documents) == [" = A =\n\nIt's 1.5 (or so).\n\n== Part ==\n"]
+
+
 def test_a_folder_gives_the_split_that_is_asked_for(tmp_path: Path) -> None:
     for part in ("train", "valid", "test"):
         write(tmp_path / f"wiki.{part}.raw", f"{part}\n")

@@ -18,7 +18,6 @@ from evenbits.errors import TrialFailed
 from evenbits.measure import Measurement, Text, fingerprint_id
 from evenbits_corpora import provide_corpora
 from evenbits_perplexity import provide_evaluators
-from evenbits_perplexity.evaluator import bootstrap_interval
 from evenbits_perplexity.options import PerplexityOptions
 from evenbits_perplexity.windows import cut_windows
 
@@ -66,6 +65,7 @@ def subjects() -> Iterator[Callable[[str], LocalSubject]]:
 def evaluate(subject: Any, **options: Any) -> Measurement:
     (evaluator,) = provide_evaluators()
     (measurement,) = evaluator.make(evaluator.options(**options)).evaluate(subject)
+    assert isinstance(measurement, Measurement)
     return measurement
 
 
@@ -225,6 +225,16 @@ def test_failures_are_named(tmp_path: Path) -> None:
         PerplexityOptions(corpus={})
     with pytest.raises(ValidationError, match="bos can only be start"):
         PerplexityOptions(corpus={"name": "c4"}, windows="sampled", bos="none")
+    with pytest.raises(ValidationError, match="bos can only be start or none"):
+        PerplexityOptions(corpus={"name": "c4"}, windows="rolling", bos="window")
+    with pytest.raises(ValidationError, match="count whole documents"):
+        PerplexityOptions(corpus={"name": "c4"}, words="pieces")
+    with pytest.raises(ValidationError, match="never opens the whole model: give context"):
+        PerplexityOptions(corpus={"name": "c4"}, memory="block")
+    with pytest.raises(TrialFailed, match="this tokenizer does not say"):
+        evaluate(subject, corpus=digits(tmp_path, "1234"), context=4, per=["word_perplexity"])
+    with pytest.raises(TrialFailed, match="neither"):
+        evaluate(subject, corpus=digits(tmp_path, "1234"), context=4, windows="rolling")
 
 
 class DigitsWithBos(Digits):
@@ -245,20 +255,11 @@ class DigitsWithBos(Digits):
         ("documents", "window", [[0, 1, 2], [0, 3, 4], [0, 5, 6]]),
         ("documents", "none", [[1, 2, 3], [3, 4], [5, 6]]),
         ("documents-first", "start", [[0, 1, 2], [0, 5, 6]]),
+        ("rolling", "none", [[0, 1, 2, 3], [1, 2, 3, 4], [0, 5, 6]]),
+        ("rolling", "start", [[0, 0, 1, 2], [1, 2, 3, 4], [0, 0, 5, 6]]),
     ],
 )
 def test_where_windows_are_cut(windows: Any, bos: Any, expected: list[list[int]]) -> None:
     text = Text(["1234", "56"], "", {"name": "digits"})
     options = PerplexityOptions(corpus={"name": "digits"}, windows=windows, bos=bos)
-    assert cut_windows(text, DigitsWithBos(), 3, options)[0] == expected
-
-
-def test_bootstrap_interval_agrees_with_theory() -> None:
-    draw = np.random.default_rng(1)
-    counts = np.full(400, 255.0)
-    sums = draw.normal(1.3, 0.2, 400) * counts
-    low, high = bootstrap_interval(sums, counts)
-    half = 1.96 * (sums / counts).std() / math.sqrt(400)
-    mean = (sums / counts).mean()
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.1 * half)
-    assert bootstrap_interval(sums, counts) == (low, high)
+    assert [window.tokens for window in cut_windows(text, DigitsWithBos(), 3, options).windows] == expected

@@ -22,6 +22,7 @@ class Job:
     artifacts: Path
     cache: Path
     compress_peak_bytes: int | None = None
+    compress_device_peak_bytes: int | None = None
     compress_seconds: float | None = None
 
     @property
@@ -31,10 +32,15 @@ class Job:
 
 @dataclass
 class StageResult:
-    """What a stage found. items: file name -> the bytes of a .npy file; attachments: file name -> bytes."""
+    """What a stage found.
+
+    device_peak_bytes: by torch's allocator on the GPU it ran on, if any. items: file name -> the bytes of a .npy file;
+    attachments: file name -> bytes.
+    """
 
     seconds: float = 0.0
     peak_bytes: int = 0
+    device_peak_bytes: int | None = None
     ledger: Ledger | None = None
     layers: tuple[LayerFacts, ...] = ()
     metrics: list[MetricFacts] = field(default_factory=list)

@@ -295,11 +295,15 @@ class _Stages:
                         results.remove_unfinished(key)
                     return _failure("compress", outcome.failure)
                 facts = {"seconds": _seconds(outcome), "peak_bytes": outcome.peak_bytes}
+                if outcome.result is not None and outcome.result.device_peak_bytes is not None:
+                    facts["device_peak_bytes"] = outcome.result.device_peak_bytes
                 write_atomically(cost, json.dumps(facts).encode())
         if cost.is_file():
             facts = json.loads(cost.read_text())
             self.seconds["compress"] = facts["seconds"]
             self.peaks["compress"] = facts["peak_bytes"]
+            if "device_peak_bytes" in facts:
+                self.peaks["compress_device"] = facts["device_peak_bytes"]
         return None
 
     def _measure(self, stage: str) -> Failure | None:
@@ -328,6 +332,7 @@ class _Stages:
             artifacts=self._run.results.artifacts,
             cache=self._run.results.cache,
             compress_peak_bytes=self.peaks.get("compress"),
+            compress_device_peak_bytes=self.peaks.get("compress_device"),
             compress_seconds=self.seconds.get("compress"),
         )
         display, trial = self._run.display, self.trial

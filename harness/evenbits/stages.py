@@ -63,7 +63,8 @@ def compress(job: Job, report: Report) -> StageResult:
         before, folder = folder, job.artifacts / trial.chain[index + 1]
         if not (folder / MANIFEST).is_file():
             _recover(job, before, folder, index, stage, tokens, facts, device)
-    return StageResult(seconds=time.perf_counter() - begun)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return StageResult(seconds=time.perf_counter() - begun, device_peak_bytes=peak)
 
 
 def _compress_base(
@@ -225,6 +226,7 @@ def _subject(job: Job, report: Report) -> tuple[MeasuredModel, Ledger, tuple[Lay
             "dense_model": model.facts.model_bytes,
         },
         compress_peak_bytes=job.compress_peak_bytes,
+        compress_device_peak_bytes=job.compress_device_peak_bytes,
         compress_seconds=job.compress_seconds,
         trust_remote_code=model.source.trust_remote_code,
         report=report,

@@ -7,9 +7,11 @@ the meter's name is part of every fingerprint, so the two are never put in one c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +19,9 @@ from typing import Self
 import psutil
 import torch
 
+from evenbits_hardware.nvml import Board, BoardPeak
+
+ALLOCATOR = "torch.cuda.max_memory_allocated"
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 SAMPLE_SECONDS = 0.002
@@ -91,20 +96,22 @@ class HostPeak:
 
 
 class DevicePeak:
-    """Context manager: host memory as in `HostPeak`, and on CUDA what torch's allocator held at most.
+    """Context manager: host memory as in `HostPeak`; on CUDA what torch's allocator held at most, and with a `board`
+    what NVML counts, which sees libraries and the context too.
 
     value: peak bytes on the device where the model lives. baseline: bytes held there on entry.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, board: Board | None = None) -> None:
         self.device = device
         self.host = HostPeak()
+        self.nvml = None if board is None else BoardPeak(board)
         self.baseline = 0
         self.value = 0
 
     @property
     def meter(self) -> str:
-        return "torch.cuda.max_memory_allocated" if self.device.type == "cuda" else self.host.meter
+        return ALLOCATOR if self.device.type == "cuda" else self.host.meter
 
     def __enter__(self) -> Self:
         self.host.__enter__()
@@ -113,6 +120,8 @@ class DevicePeak:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self.baseline = torch.cuda.memory_allocated(self.device)
+        if self.nvml is not None:
+            self.nvml.__enter__()
         return self
 
     def __exit__(
@@ -120,5 +129,21 @@ class DevicePeak:
     ) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        if self.nvml is not None:
+            self.nvml.__exit__(kind, error, trace)
         self.host.__exit__(kind, error, trace)
         self.value = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self.host.peak
+
+
+@contextlib.contextmanager
+def set_aside() -> Iterator[None]:
+    """Keep what the process holds already out of the garbage collections inside the block.
+
+    `release_freed` collects before each measurement; going through all that torch and transformers have brought takes
+    a quarter of a second each time. Garbage among it stays as it is, in the baseline and in the peak alike.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
@@ -18,11 +19,13 @@ from pydantic import ValidationError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from evenbits.errors import TrialFailed
-from evenbits.measure import Measurement
+from evenbits.errors import SuiteError, TrialFailed
+from evenbits.measure import Finding, Measurement, Remark
+from evenbits.suite import check_options
 from evenbits_hardware import memory, provide_profilers
+from evenbits_hardware.latency import bootstrap_median, drift, time_and_rate
 from evenbits_hardware.options import HardwareOptions
-from evenbits_hardware.profiler import Workload, bootstrap_median, fit_lengths
+from evenbits_hardware.workload import Workload, fit_lengths
 
 MEBIBYTE = 1 << 20
 QUICK: dict[str, Any] = {"prompt_tokens": 12, "decode_tokens": 5, "repeats": 6, "warmup": 1}
@@ -49,6 +52,7 @@ class LlamaSubject:
     build: Callable[[], nn.Module] = tiny_llama
     ballast: int = 0
     compress_peak_bytes: int | None = 7 * MEBIBYTE
+    compress_device_peak_bytes: int | None = None
     compress_seconds: float | None = 1.5
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 3
@@ -73,10 +77,14 @@ class LlamaSubject:
         return tick
 
 
+def findings(subject: LlamaSubject, **options: Any) -> Sequence[Finding]:
+    (profiler,) = (p for p in provide_profilers() if p.name == "hardware")
+    found: Sequence[Finding] = profiler.make(HardwareOptions(**{**QUICK, **options})).profile(subject)
+    return found
+
+
 def profile(subject: LlamaSubject, **options: Any) -> dict[str, Measurement]:
-    (profiler,) = provide_profilers()
-    measured: Sequence[Measurement] = profiler.make(HardwareOptions(**{**QUICK, **options})).profile(subject)
-    return {m.name: m for m in measured}
+    return {m.name: m for m in findings(subject, **options) if isinstance(m, Measurement)}
 
 
 def test_every_metric_is_measured() -> None:
@@ -86,14 +94,16 @@ def test_every_metric_is_measured() -> None:
         "size_linear_bytes",
         "size_model_bytes",
         "latency_prefill_ms",
+        "prefill_tokens_per_second",
         "latency_decode_ms_per_token",
+        "decode_tokens_per_second",
         "memory_load_bytes",
         "memory_compress_bytes",
         "memory_inference_bytes",
     ]
     assert subject.ticks == subject.total == 7
     for name, m in found.items():
-        assert m.better == "lower"
+        assert m.better == ("higher" if name.endswith("per_second") else "lower")
         assert m.volatile is not name.startswith("size_")
         json.dumps([m.fingerprint, m.details])  # both end in record.json
     assert found["size_linear_bytes"].value == 1000
@@ -103,7 +113,7 @@ def test_every_metric_is_measured() -> None:
 
 
 def test_timings_are_kept_and_summarised() -> None:
-    found = profile(LlamaSubject(), batch_size=2)
+    found = profile(LlamaSubject(), batch_sizes=[2])
     prefill, decode = found["latency_prefill_ms"], found["latency_decode_ms_per_token"]
     assert prefill.items is not None
     assert decode.items is not None
@@ -117,7 +127,12 @@ def test_timings_are_kept_and_summarised() -> None:
         assert m.value == pytest.approx(float(np.median(m.items)))
         assert m.items.min() <= m.low <= m.value <= m.high <= m.items.max()
         assert m.value == m.details["p50"] <= m.details["p90"] <= m.details["p99"] <= m.items.max()
-        assert m.details["tokens_per_second"] == pytest.approx(1000 * tokens / m.value)
+        assert m.details["p90_over_p50"] == pytest.approx(m.details["p90"] / m.details["p50"])
+        rate = found[f"{m.name.split('_')[1]}_tokens_per_second"]
+        assert rate.value == pytest.approx(1000 * tokens / m.value)
+        assert (rate.low, rate.high) == pytest.approx((1000 * tokens / m.high, 1000 * tokens / m.low))
+        assert rate.unit == "tokens/s"
+        assert rate.fingerprint == m.fingerprint  # what ran is said of both
 
 
 def test_timings_follow_the_work() -> None:
@@ -173,13 +188,14 @@ def test_a_device_without_meter_is_refused() -> None:
 def test_what_ran_is_in_the_fingerprint() -> None:
     fused = {"model": "tiny", "dtype": "float32", "attention": "sdpa", "kernel": "fused"}
     dense, other = profile(LlamaSubject()), profile(LlamaSubject(facts=fused))
-    for name in ("latency_prefill_ms", "latency_decode_ms_per_token", "memory_load_bytes", "memory_inference_bytes"):
+    for name in (name for name in dense if not name.startswith("size_")):
         print_ = dense[name].fingerprint
         assert print_ != other[name].fingerprint  # simulated and fused never share a column
         assert print_["kernel"] == "restored dense"
         assert print_["threads"] == torch.get_num_threads()
         assert print_["device"] == "cpu"
         assert print_["device_name"]
+        assert {"torch", "transformers", "attention", "dtype"} <= print_.keys()
     # bytes on disk are the same whatever ran
     assert dense["size_linear_bytes"].fingerprint == other["size_linear_bytes"].fingerprint
     assert "device_name" not in dense["size_linear_bytes"].fingerprint
@@ -271,7 +287,118 @@ def test_the_interval_draws_whole_repeats() -> None:
     assert bootstrap_median(clustered, 0) == (low, high)
 
 
-@pytest.mark.parametrize("wrong", [{"repeats": 1}, {"warmup": 0}, {"batch_size": 0}, {"promt_tokens": 3}])
-def test_wrong_options_are_refused(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"repeats": 1}, {"warmup": 0}, {"promt_tokens": 3},
+        {"batch_sizes": [0]}, {"batch_sizes": [1, -2]}, {"batch_sizes": []}, {"batch_sizes": [4, 4]},
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         HardwareOptions(**wrong)
+
+
+def test_a_wrong_batch_size_is_named() -> None:
+    with pytest.raises(SuiteError, match=r"profiler hardware.batch_sizes.1: .*greater than or equal to 1 \(got -2\)"):
+        check_options(HardwareOptions, {"batch_sizes": [1, -2]}, "profiler hardware")
+    with pytest.raises(SuiteError, match=r"batch_sizes: 4 stands here twice"):
+        check_options(HardwareOptions, {"batch_sizes": [4, 1, 4]}, "profiler hardware")
+    with pytest.raises(SuiteError, match='batch_size: unknown option; did you mean "batch_sizes"'):
+        check_options(HardwareOptions, {"batch_size": 4}, "profiler hardware")
+
+
+def test_each_batch_size_is_measured() -> None:
+    model = tiny_llama().eval()
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    subject = LlamaSubject(build=lambda: model)
+    found = profile(subject, batch_sizes=[1, 4])
+    assert subject.ticks == subject.total == 14
+    assert (seen.count(1), seen.count(4)) == (42, 42)  # 7 repeats of a prefill and 5 steps
+    for name in ("latency_prefill_ms", "decode_tokens_per_second", "memory_inference_bytes"):
+        assert found[name].fingerprint["batch_size"] == 1
+        assert found[f"{name}_b4"].fingerprint["batch_size"] == 4
+    four = found["latency_decode_ms_per_token_b4"]
+    assert found["decode_tokens_per_second_b4"].value == pytest.approx(4000 / four.value)
+    assert found["prefill_tokens_per_second_b4"].value == pytest.approx(
+        4 * 12 * 1000 / found["latency_prefill_ms_b4"].value
+    )
+    assert len(found) == 14
+    assert list(profile(LlamaSubject(), batch_sizes=[4])) == list(profile(LlamaSubject()))  # the only one has no suffix
+
+
+def out_of_memory_at(sizes: set[int]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model: nn.Module = tiny_llama()
+
+        def refuse(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if len(kwargs["input_ids"]) in sizes:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        model.register_forward_pre_hook(refuse, with_kwargs=True)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize(("full", "left"), [({4}, ["", "_b2"]), ({1}, ["_b4", "_b2"]), ({1, 2, 4}, [])])
+def test_a_batch_that_does_not_fit_the_gpu_is_a_remark(full: set[int], left: list[str]) -> None:
+    found = findings(LlamaSubject(build=out_of_memory_at(full)), batch_sizes=[1, 4, 2])
+    names = [m.name for m in found if isinstance(m, Measurement)]
+    assert [name.removeprefix("latency_prefill_ms") for name in names if "latency_prefill" in name] == left
+    assert [name.removeprefix("memory_inference_bytes") for name in names if "inference" in name] == left
+    assert {"size_model_bytes", "memory_load_bytes"} <= set(names)
+    remarks = [m.text for m in found if isinstance(m, Remark)]
+    for size, text in zip([size for size in (1, 4, 2) if size in full], remarks, strict=True):
+        assert f"batch size {size}" in text
+
+
+def test_other_errors_are_not_taken_for_a_full_gpu() -> None:
+    def build() -> nn.Module:
+        model: nn.Module = tiny_llama()
+        model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+        return model
+
+    with pytest.raises(MemoryError):
+        profile(LlamaSubject(build=build))
+
+
+def test_a_kernel_that_is_not_said_is_refused() -> None:
+    with pytest.raises(TrialFailed, match="which kernel"):
+        profile(LlamaSubject(facts={"model": "tiny", "dtype": "float32"}))
+
+
+def test_a_device_peak_of_compression_goes_first() -> None:
+    @dataclass
+    class OnDevice(LlamaSubject):
+        compress_device_peak_bytes: int | None = 3 * MEBIBYTE
+
+    found = profile(OnDevice())["memory_compress_bytes"]
+    assert found.value == 3 * MEBIBYTE
+    assert "cuda" in found.fingerprint["meter"]
+    assert found.details["host_peak_bytes"] == 7 * MEBIBYTE
+    assert (
+        "host RSS" in profile(OnDevice(compress_device_peak_bytes=None))["memory_compress_bytes"].fingerprint["meter"]
+    )
+
+
+def test_rates_and_drift_are_arithmetic() -> None:
+    seconds = [[0.001], [0.001], [0.002], [0.004], [0.004]]
+    assert drift(1000 * np.array(seconds)) == 4.0  # the middle repeat belongs to neither half
+    latency, rate = time_and_rate("prefill", "ms", seconds, 256, {"a": 1}, 0, "_b2")
+    assert (latency.name, latency.value) == ("latency_prefill_ms_b2", 2.0)
+    assert (rate.name, rate.value) == ("prefill_tokens_per_second_b2", 128000.0)
+    assert (latency.low, latency.high) == (1.0, 4.0)
+    assert (rate.low, rate.high) == (64000.0, 256000.0)
+    assert latency.details["ms_per_token_over_batch"] == 2.0 / 256
+    flat, _ = time_and_rate("decode", "ms/token", [[0.5, 0.5], [0.5, 0.5]], 1, {}, 0)
+    assert (flat.details["p90_over_p50"], flat.details["drift"], flat.name) == (1, 1, "latency_decode_ms_per_token")
+
+
+def test_the_collector_is_left_as_it_was() -> None:
+    frozen = gc.get_freeze_count()
+    profile(LlamaSubject())
+    assert gc.get_freeze_count() == frozen

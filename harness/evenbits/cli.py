@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import sys
-import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +36,12 @@ ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="r
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="PATH", help="use this model folder in place of the suite's model")
 ]
+TrialName = Annotated[
+    str,
+    typer.Argument(
+        metavar="TRIAL", help="id or its beginning, path of a record.json, or SUITE.toml:LABEL[@BUDGET][/SEED]"
+    ),
+]
 DEFAULT_RESULTS = Path("results")
 
 
@@ -45,6 +49,12 @@ class Format(StrEnum):
     TABLE = "table"
     MARKDOWN = "markdown"
     CSV = "csv"
+    JSON = "json"
+
+
+class CompareFormat(StrEnum):
+    TABLE = "table"
+    MARKDOWN = "markdown"
     JSON = "json"
 
 
@@ -59,21 +69,6 @@ def _warn(registry: Registry) -> None:
 
 def _overrides(model: str | None) -> dict[str, Any]:
     return {} if model is None else {"model": {"path": model}}
-
-
-def _suite_name(suite: Path) -> str:
-    """The name in a suite file, without checking the rest: a report needs no plugins and no model."""
-    try:
-        name = tomllib.loads(suite.read_text())["name"]
-    except OSError as error:
-        raise SuiteError(f"{suite}: cannot be read ({error.strerror}); give the path of a suite (*.toml)") from None
-    except (ValueError, KeyError) as error:
-        raise SuiteError(f"{suite}: not a suite: {error}") from None
-    from evenbits.suite import SUITE_NAME
-
-    if not isinstance(name, str) or not re.fullmatch(SUITE_NAME, name):
-        raise SuiteError(f"{suite}: name {name!r} is not a suite's name")
-    return name
 
 
 @app.command()
@@ -216,9 +211,39 @@ def report(
     ] = Format.TABLE,
 ) -> None:
     """Show tables (terminal, Markdown, CSV, JSON) and write these and the Pareto plots beside the records."""
+    from evenbits.named_trials import suite_name
     from evenbits.store import Results
 
-    _write_report(Results(results), _suite_name(suite), form)
+    _write_report(Results(results), suite_name(suite), form)
+
+
+@app.command()
+def compare(
+    a: TrialName,
+    b: TrialName,
+    results: ResultsOption = DEFAULT_RESULTS,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", metavar="NAME", help="only this metric; may be repeated")
+    ] = None,
+    form: Annotated[CompareFormat, typer.Option("--format", help="what to print")] = CompareFormat.TABLE,
+    level: Annotated[float, typer.Option("--level", metavar="SHARE", help="of intervals and tests")] = 0.95,
+) -> None:
+    """Compare two trials, or two methods over their seeds, on the same items. Exits 2 where nothing can be compared."""
+    from evenbits.compare import compare as compare_trials
+    from evenbits.compare_text import as_json, as_markdown, as_terminal
+    from evenbits.named_trials import find_trials
+    from evenbits.store import Results
+
+    if not 0 < level < 1:
+        raise SuiteError(f"--level {level:g}: a share between 0 and 1, such as 0.95")
+    store = Results(results)
+    found = compare_trials(find_trials(a, store), find_trials(b, store), metric or (), level)
+    if form is CompareFormat.JSON:
+        sys.stdout.write(json.dumps(as_json(found), indent=1, allow_nan=False) + "\n")
+    elif form is CompareFormat.MARKDOWN:
+        sys.stdout.write(as_markdown(found))
+    else:
+        as_terminal(found, out)
 
 
 @app.command()

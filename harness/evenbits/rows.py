@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from evenbits.record import Bits, BudgetFacts, ModelFacts, Record
+from evenbits.significance import Sampled
 from evenbits.statistics import Floats, Statistic
 
 COST_UNITS = frozenset({"B", "byte", "bytes", "bit", "bits", "s", "ms", "seconds", "J", "W", "Wh", "tokens/s", "x"})
@@ -44,9 +47,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a row: the mean over seeds; the range over seeds where they differ, else the record's own interval.
+    """A number of a row: the mean over seeds with its interval.
 
-    items: (seeds, items) or None where a seed keeps none; transform: how items make the value.
+    low, high: one seed, or all alike: the record's own interval, over items. Several seeds of a quality: the interval
+    of their mean, from the variance of seeds and of items. Several of a cost: the smallest and the largest.
+    items: (seeds, items) or None where a seed keeps none; transform: how items make the value. strata, weights: as in
+    `evenbits.statistics`. fixed: the dense model's, which no seed changes.
     """
 
     value: float
@@ -55,6 +61,25 @@ class Cell:
     by_seed: tuple[float, ...]
     items: Floats | None = None
     transform: Statistic | None = None
+    strata: tuple[int, ...] | None = None
+    weights: Floats | None = None
+    fixed: bool = False
+
+    def sampled(self, *, items: bool = True) -> Sampled:
+        """What statistics know of it; `items` False: the seeds' values alone."""
+        values = np.asarray(self.by_seed, dtype=np.float64)
+        if not items or self.items is None or self.transform is None:
+            return Sampled(values, fixed=self.fixed)
+        return Sampled(values, self.items, self.transform, self.strata, self.weights, self.fixed)
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A number over the dense model's under the same protocol; low and high None where no items or seeds give them."""
+
+    value: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,11 @@ class Row:
     def stage_key(self) -> str:
         """Equal for the same recovery stages with the same options."""
         return json.dumps([self.recovery, self.records[0].recovery_options], sort_keys=True)
+
+    @property
+    def full_name(self) -> str:
+        """Its name and its recovery stages, as `evenbits plan` and `evenbits compare` write them."""
+        return "+".join([self.name, *self.recovery])
 
     @property
     def budget_bits(self) -> float:

@@ -1,12 +1,20 @@
-"""Intervals and paired tests over per-item values, by the bootstrap. Vectorised, and the same on every run.
+"""Intervals, paired differences and recovery over per-item values, by the bootstrap. The same on every run.
 
 An item is what was scored separately: a window of text, a question. `exp-mean` of per-token negative
 log-likelihoods (nats) is perplexity; `mean` of 0/1 scores is accuracy. Imports numpy alone.
-Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 (percentile interval) and 16 (tests).
+
+strata: sizes of consecutive groups of items (the tasks of a mean over tasks). What was not drawn at random, how many
+items each task has, stays fixed: items are resampled within their group.
+weights: how much of the text each item stands for, on any scale, where items differ in that (documents of unlike
+length): the statistic is that of sum(items) / sum(weights), a ratio whose lower half varies too.
+
+Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8 (structured data), 13 (percentile
+interval) and 16 (tests); Cochran, Sampling Techniques (1977), chapters 5 (strata) and 6 (ratios).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,13 +25,15 @@ Statistic = Literal["mean", "exp-mean"]
 Floats = NDArray[np.float64]
 
 _ENTRIES_AT_ONCE = 4_000_000  # of the resampling matrix: 32 MB of indices, whatever the number of items
+_FEW = 64  # distinct items in a group: how often each is drawn is then cheaper than which are drawn
 
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
     """statistic(a) - statistic(b) over the same items, with its interval and two-sided p-value.
 
-    items: how many pairs. low, high, p_value are NaN where fewer than two pairs are at hand.
+    items: how many pairs. low, high, p_value are NaN where fewer than two pairs are at hand. test: where p_value comes
+    from. discordant: for McNemar's test, how many items only a has right, and only b.
     """
 
     difference: float
@@ -31,6 +41,8 @@ class PairedDifference:
     high: float
     p_value: float
     items: int
+    test: str = "paired bootstrap"
+    discordant: tuple[int, int] | None = None
 
 
 def bootstrap_interval(
@@ -39,15 +51,20 @@ def bootstrap_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    strata: Sequence[int] | None = None,
+    weights: ArrayLike | None = None,
 ) -> tuple[float, float]:
     """Percentile interval of `statistic` over items, resampled with replacement.
 
-    items: (n,) finite. Raises ValueError when they are fewer than two, not finite, or the level is not in (0, 1).
+    items: (n,) finite. Raises ValueError when they are fewer than two, not finite, or the level is not in (0, 1); when
+    strata do not sum to n, or weights are not (n,) and positive.
     """
     values = _checked(items)
     if len(values) < 2:
         raise ValueError("an interval needs at least two items")
-    return _percentiles(_apply(statistic, _resampled_means(values, resamples, seed)), level)
+    groups, shares = check_strata(strata, len(values)), check_weights(weights, len(values))
+    (means,) = _resampled_means([values], shares, groups, resamples, seed)
+    return _percentiles(_apply(statistic, means), level)
 
 
 def paired_difference(
@@ -57,6 +74,8 @@ def paired_difference(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    strata: Sequence[int] | None = None,
+    weights: ArrayLike | None = None,
 ) -> PairedDifference:
     """How much a's statistic exceeds b's when both are resampled by the same items.
 
@@ -64,19 +83,46 @@ def paired_difference(
     The p-value is the share of resamples on the other side of zero, doubled, counted with one extra on
     each side so that it is never 0; its least value is therefore 2 / (resamples + 1).
     """
-    a, b = _checked(a_items), _checked(b_items)
-    if a.shape != b.shape:
-        raise ValueError(f"paired items must be the same: {len(a)} against {len(b)}")
-    difference = float(_minus(_apply(transform, a.mean()), _apply(transform, b.mean())))
+    a, b = _checked_pair(a_items, b_items)
+    groups, shares = check_strata(strata, len(a)), check_weights(weights, len(a))
+    difference = float(_minus(statistic_value(a, transform, shares), statistic_value(b, transform, shares)))
     if len(a) < 2:
         return PairedDifference(difference, np.nan, np.nan, np.nan, len(a))
-    means_a = _resampled_means(a, resamples, seed)
-    means_b = _resampled_means(b, resamples, seed)  # same seed and length: the same items are drawn
+    means_a, means_b, apart = _resampled_means([a, b, a - b], shares, groups, resamples, seed)
     low, high = _percentiles(_minus(_apply(transform, means_a), _apply(transform, means_b)), level)
-    # exp is monotone, so the sign is read before it: no overflow can hide it
-    sign = np.sign(means_a - means_b)
+    # exp is monotone, so the sign is read before it: no overflow can hide it. What rounding leaves of a tie is one
+    sign = np.where(np.abs(apart) <= 1e-12 * max(np.abs(a).max(), np.abs(b).max()), 0.0, np.sign(apart))
     tail = min(int((sign <= 0).sum()), int((sign >= 0).sum()))
     return PairedDifference(difference, low, high, min(1.0, 2 * (tail + 1) / (resamples + 1)), len(a))
+
+
+def recovery_interval(
+    items: ArrayLike,
+    dense_items: ArrayLike,
+    transform: Statistic = "mean",
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    strata: Sequence[int] | None = None,
+    weights: ArrayLike | None = None,
+) -> tuple[float, float, float]:
+    """(value, low, high) of the compressed model's statistic over the dense model's, both resampled by the same items.
+
+    items, dense_items: (n,) finite, paired. Raises ValueError otherwise, and when the dense statistic is 0. Resamples
+    in which the dense one is 0 have no ratio and are left out. With one item low and high are NaN.
+    """
+    a, b = _checked_pair(items, dense_items)
+    groups, shares = check_strata(strata, len(a)), check_weights(weights, len(a))
+    mean_a, mean_b = _mean(a, shares), _mean(b, shares)
+    if transform == "mean" and mean_b == 0:
+        raise ValueError("the dense model's value is 0: nothing can be a share of it")
+    value = float(_over(mean_a, mean_b, transform))
+    if len(a) < 2:
+        return value, np.nan, np.nan
+    means_a, means_b = _resampled_means([a, b], shares, groups, resamples, seed)
+    some = means_b != 0 if transform == "mean" else np.ones(len(means_b), dtype=bool)
+    low, high = _percentiles(_over(means_a[some], means_b[some], transform), level)
+    return value, low, high
 
 
 def indistinguishable(
@@ -101,6 +147,30 @@ def statistic_of(items: ArrayLike, value: float, rtol: float = 1e-4) -> Statisti
     return "exp-mean" if np.isclose(_apply("exp-mean", mean), value, rtol=rtol, atol=0) else None
 
 
+def statistic_value(items: Floats, statistic: Statistic, weights: Floats | None = None) -> float:
+    """`statistic` of checked items: (n,), weights as `check_weights` gives them."""
+    return float(_apply(statistic, _mean(items, weights)))
+
+
+def check_strata(strata: Sequence[int] | None, items: int) -> tuple[int, ...]:
+    """Group sizes that sum to `items`, one group where there are none. Raises ValueError otherwise."""
+    if strata is None:
+        return (items,)
+    if not all(isinstance(size, int | np.integer) and size > 0 for size in strata) or sum(strata) != items:
+        raise ValueError(f"strata are sizes of consecutive groups that sum to the {items} items, not {list(strata)}")
+    return tuple(int(size) for size in strata)
+
+
+def check_weights(weights: ArrayLike | None, items: int) -> Floats | None:
+    """Weights (items,) scaled to a mean of 1. Raises ValueError for a wrong shape and for one that is not above 0."""
+    if weights is None:
+        return None
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != (items,) or not (np.isfinite(values).all() and (values > 0).all()):
+        raise ValueError(f"weights are one finite number above 0 for each of the {items} items")
+    return np.asarray(values / values.mean())
+
+
 def _checked(items: ArrayLike) -> Floats:
     values = np.asarray(items, dtype=np.float64)
     if values.ndim != 1 or not len(values):
@@ -110,16 +180,48 @@ def _checked(items: ArrayLike) -> Floats:
     return values
 
 
-def _resampled_means(values: Floats, resamples: int, seed: int) -> Floats:
-    """(resamples,) means of items drawn with replacement."""
+def _checked_pair(a_items: ArrayLike, b_items: ArrayLike) -> tuple[Floats, Floats]:
+    a, b = _checked(a_items), _checked(b_items)
+    if a.shape != b.shape:
+        raise ValueError(f"paired items must be the same: {len(a)} against {len(b)}")
+    return a, b
+
+
+def _resampled_means(
+    columns: Sequence[Floats], weights: Floats | None, strata: Sequence[int], resamples: int, seed: int
+) -> list[Floats]:
+    """For each of the paired columns (n,): the (resamples,) means of items drawn with replacement, the same for all."""
     rng = np.random.default_rng(seed)
-    n = len(values)
-    rows = max(1, _ENTRIES_AT_ONCE // n)
-    parts = [
-        values[rng.integers(0, n, size=(min(rows, resamples - start), n))].mean(axis=1)
-        for start in range(0, resamples, rows)
-    ]
-    return np.concatenate(parts)
+    joined = np.stack([*columns, *([] if weights is None else [weights])], axis=1)
+    sums = np.zeros((resamples, joined.shape[1]))
+    start = 0
+    for size in strata:
+        for begin, part in _group_sums(joined[start : start + size], resamples, rng):
+            sums[begin : begin + len(part)] += part
+        start += size
+    below = sums[:, -1:] if weights is not None else len(joined)
+    return list((sums[:, : len(columns)] / below).T)
+
+
+def _group_sums(block: Floats, resamples: int, rng: np.random.Generator) -> Iterator[tuple[int, Floats]]:
+    """(first resample, sums (some, columns)) of one group's items (size, columns), drawn with replacement."""
+    size = len(block)
+    _, first, counts = np.unique(block, axis=0, return_index=True, return_counts=True)
+    if len(first) <= min(_FEW, size // 4 + 1):
+        # questions are right or wrong: few kinds of items. In the order they come in, which does not change when the
+        # two sides of a pair change places
+        order = np.argsort(first)
+        times = rng.multinomial(size, counts[order] / size, size=resamples)
+        yield 0, np.asarray(times @ block[first[order]])
+        return
+    rows = max(1, _ENTRIES_AT_ONCE // size)
+    for begin in range(0, resamples, rows):
+        drawn = rng.integers(0, size, size=(min(rows, resamples - begin), size))
+        yield begin, np.stack([column[drawn].sum(axis=1) for column in block.T], axis=1)
+
+
+def _mean(values: Floats, weights: Floats | None) -> Floats:
+    return np.asarray(values.mean() if weights is None else values.mean() / weights.mean())
 
 
 def _apply(statistic: Statistic, means: ArrayLike) -> Floats:
@@ -132,9 +234,14 @@ def _apply(statistic: Statistic, means: ArrayLike) -> Floats:
         return np.exp(values)
 
 
-def _minus(a: Floats, b: Floats) -> Floats:
+def _over(a: Floats, b: Floats, statistic: Statistic) -> Floats:
+    """statistic(a) / statistic(b) of means; a ratio of perplexities is known even where both would overflow."""
+    return _apply("exp-mean", a - b) if statistic == "exp-mean" else np.asarray(_apply(statistic, a) / b)
+
+
+def _minus(a: ArrayLike, b: ArrayLike) -> Floats:
     with np.errstate(invalid="ignore"):  # inf - inf
-        return np.asarray(a - b)
+        return np.asarray(np.asarray(a) - np.asarray(b))
 
 
 def _percentiles(values: Floats, level: float) -> tuple[float, float]:

@@ -8,16 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from evenbits.cells import join_seeds, make_column, recovered
+from evenbits.fingerprints import PER_TRIAL, differing_fields, flatten, protocol_of
 from evenbits.measure import fingerprint_id
-from evenbits.record import Bits, BudgetFacts, MetricFacts, ModelFacts, Record, read_items
-from evenbits.rows import Cell, Column, Row, dense_bits
-from evenbits.statistics import Floats, Statistic, statistic_of
+from evenbits.record import BudgetFacts, ModelFacts, Record
+from evenbits.rows import Cell, Column, Recovered, Row
 from evenbits.verdict import Mark, mark_rows, place
 
-PER_TRIAL = frozenset({"trial", "artifact", "method", "label", "seed"})
-"""Fingerprint fields that say which trial was measured, not how: they do not split a column."""
+__all__ = ["PER_TRIAL", "ModelTable", "Section", "Table", "flatten", "gather", "with_settings"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,19 @@ class ModelTable:
 
     def against_dense(self, row: Row, column: Column) -> float | None:
         """Recovery: the row's number over the dense model's, under the same protocol."""
+        cells = self._beside_dense(row, column)
+        return cells[0].value / cells[1].value if cells is not None and cells[1].value else None
+
+    def recovery(self, row: Row, column: Column, level: float = 0.95) -> Recovered | None:
+        """`against_dense` with its interval: both resampled by the same items, several seeds counted in."""
+        cells = self._beside_dense(row, column)
+        return None if cells is None else recovered(*cells, level)
+
+    def _beside_dense(self, row: Row, column: Column) -> tuple[Cell, Cell] | None:
         base = next((r for r in self.dense if not r.recovery), None)
         if base is None or column.key not in row.cells or column.key not in base.cells:
             return None
-        reference = base.cells[column.key].value
-        return row.cells[column.key].value / reference if reference else None
+        return row.cells[column.key], base.cells[column.key]
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def gather(records: Sequence[Record], folders: Mapping[str, Path] | None = None)
     protocols: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         for metric in record.metrics:
-            fields = _protocol(record, metric)
+            fields = protocol_of(record, metric)
             protocols.setdefault(metric.name, {}).setdefault(fingerprint_id(fields), fields)
     letters = {
         (name, key): _letter(number) if len(found) > 1 else ""
@@ -82,22 +88,6 @@ def gather(records: Sequence[Record], folders: Mapping[str, Path] | None = None)
     return Table(models, tuple(_notes(protocols)))
 
 
-def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested fields as dotted names with their JSON text."""
-    flat: dict[str, str] = {}
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-    return flat
-
-
-def _protocol(record: Record, metric: MetricFacts) -> dict[str, Any]:
-    fields = record.fingerprints.get(metric.fingerprint, {"fingerprint": metric.fingerprint})
-    return {key: value for key, value in fields.items() if key not in PER_TRIAL}
-
-
 def _letter(number: int) -> str:
     return chr(ord("a") + number) if number < 26 else str(number)
 
@@ -107,11 +97,14 @@ def _notes(protocols: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterable
     for name, found in protocols.items():
         if len(found) == 1:
             continue
-        flat = [flatten(fields) for fields in found.values()]
-        odd = [key for key in sorted(set().union(*flat)) if len({f.get(key) for f in flat}) > 1]
+        first, *others = found.values()
+        values: dict[str, list[str]] = {}  # by field, one value a protocol
+        for number, fields in enumerate(others, start=1):
+            for key, mine, theirs in differing_fields(first, fields):
+                values.setdefault(key, [mine] * len(found))[number] = theirs
         parts = [
-            f"[{_letter(number)}] " + ", ".join(f"{key}={fields.get(key, '(absent)')}" for key in odd)
-            for number, fields in enumerate(flat)
+            f"[{_letter(number)}] " + ", ".join(f"{key}={values[key][number]}" for key in sorted(values))
+            for number in range(len(found))
         ]
         yield f"{name} was measured under {len(found)} protocols, never compared: {'; '.join(parts)}"
 
@@ -123,14 +116,14 @@ def _model_table(
     groups: dict[str, list[Record]] = {}
     for record in records:
         for metric in record.metrics:
-            key = metric.name, fingerprint_id(_protocol(record, metric))
-            columns.setdefault(key, Column(*key, metric.unit, metric.better, metric.volatile, letters[key]))
+            key = metric.name, fingerprint_id(protocol_of(record, metric))
+            columns.setdefault(key, make_column(record, metric, letters[key]))
         if record.status == "done":
             identity = record.model_dump(
                 mode="json", include={"method", "label", "options", "budget", "recovery", "recovery_options"}
             )
             groups.setdefault(json.dumps(identity, sort_keys=True), []).append(record)
-    rows = _with_settings([_row(group, folders) for group in groups.values()])
+    rows = with_settings([join_seeds(group, folders) for group in groups.values()])
     dense = sorted((r for r in rows if r.method == "dense"), key=lambda r: len(r.recovery))
     budgets: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -146,61 +139,6 @@ def _model_table(
         tuple(r for r in records if r.status == "skipped"),
         tuple(r for r in records if r.status == "failed"),
     )
-
-
-def _row(records: Sequence[Record], folders: Mapping[str, Path]) -> Row:
-    first = records[0]
-    measured = [
-        (r.ledger.bits, r.ledger.linear_bytes, r.ledger.model_bytes)
-        if r.ledger is not None
-        else (dense_bits(r.model), r.model.linear_bytes, r.model.model_bytes)
-        for r in records
-    ]
-    bits = Bits(**{k: float(np.mean([getattr(b, k) for b, _, _ in measured])) for k in Bits.model_fields})
-    found: dict[tuple[str, str], list[tuple[MetricFacts, Path | None]]] = {}
-    for record in records:
-        for metric in record.metrics:
-            key = metric.name, fingerprint_id(_protocol(record, metric))
-            found.setdefault(key, []).append((metric, folders.get(record.trial)))
-    return Row(
-        model=first.model,
-        name=first.label or first.method,
-        options=first.options,
-        budget=first.budget,
-        recovery=first.recovery,
-        records=tuple(records),
-        bits=bits,
-        linear_bytes=float(np.mean([linear for _, linear, _ in measured])),
-        model_bytes=float(np.mean([model for _, _, model in measured])),
-        cells={key: _cell(metrics) for key, metrics in found.items()},
-        within=all(_within(record, b) for record, (b, _, _) in zip(records, measured, strict=True)),
-    )
-
-
-def _within(record: Record, bits: Bits) -> bool:
-    if record.budget is None or record.within_budget is not None:
-        return record.within_budget is not False
-    number = bits.linear if record.budget.on == "linear" else bits.model
-    return abs(number - record.budget.centre) <= record.budget.window + 1e-9
-
-
-def _cell(metrics: Sequence[tuple[MetricFacts, Path | None]]) -> Cell:
-    values = tuple(metric.value for metric, _ in metrics)
-    if len(set(values)) > 1:
-        low, high = float(np.min(values)), float(np.max(values))
-    else:
-        low, high = metrics[0][0].low, metrics[0][0].high  # type: ignore[assignment]
-    read = [
-        read_items(folder, metric) if folder is not None and metric.items and (folder / metric.items).exists() else None
-        for metric, folder in metrics
-    ]
-    arrays = [np.asarray(items, dtype=np.float64) for items in read if items is not None]
-    items: Floats | None = None
-    transform: Statistic | None = None
-    if len(arrays) == len(metrics) and len({a.shape for a in arrays}) == 1 and arrays[0].ndim == 1 and arrays[0].size:
-        items = np.stack(arrays)
-        transform = statistic_of(items[0], values[0]) if np.isfinite(items).all() else None
-    return Cell(float(np.mean(values)), low, high, values, items, transform)
 
 
 def _section(rows: Sequence[Row], columns: Sequence[Column]) -> Section:
@@ -219,7 +157,7 @@ def _section(rows: Sequence[Row], columns: Sequence[Column]) -> Section:
     return Section(budget, tuple(inside), tuple(outside), marks)
 
 
-def _with_settings(rows: Sequence[Row]) -> list[Row]:
+def with_settings(rows: Sequence[Row]) -> list[Row]:
     """Name each row's settings shortly: what differs between rows of one name comes first."""
     flat = [{k: v for k, v in flatten(_shown(row)).items() if v != "null"} for row in rows]
     named: list[Row] = []

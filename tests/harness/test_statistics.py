@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from evenbits import statistics
-from evenbits.statistics import bootstrap_interval, indistinguishable, paired_difference, statistic_of
+from evenbits.statistics import (
+    bootstrap_interval,
+    indistinguishable,
+    paired_difference,
+    recovery_interval,
+    statistic_of,
+)
 
 
 def test_interval_of_a_mean_agrees_with_the_normal_one() -> None:
@@ -115,3 +121,139 @@ def test_the_statistic_is_recognised_from_its_value() -> None:
     assert statistic_of(items, float(items.mean())) == "mean"
     assert statistic_of(items, math.exp(items.mean())) == "exp-mean"
     assert statistic_of(items, 42.0) is None
+
+
+# -- strata, weights, recovery ----------------------------------------------------------------------------------
+
+
+def half_width(limits: tuple[float, float]) -> float:
+    return (limits[1] - limits[0]) / 2
+
+
+def test_strata_give_the_variance_of_a_stratified_mean() -> None:
+    """Cochran (1977), section 5.6: the sum of W_h^2 S_h^2 / n_h, without what lies between the strata."""
+    rng = np.random.default_rng(8)
+    sizes = (300, 100, 600)
+    groups = [rng.normal(mean, 1.0, size) for mean, size in zip((0.0, 8.0, -5.0), sizes, strict=True)]
+    items = np.concatenate(groups)
+    variance = sum((len(g) / len(items)) ** 2 * g.var() / len(g) for g in groups)
+    within = half_width(bootstrap_interval(items, resamples=8000, strata=sizes))
+    assert within == pytest.approx(1.96 * math.sqrt(variance), rel=0.04)
+    pooled = half_width(bootstrap_interval(items, resamples=8000))
+    assert pooled == pytest.approx(1.96 * math.sqrt(items.var() / len(items)), rel=0.04)
+    assert pooled > 4 * within
+
+
+def test_strata_of_a_mean_over_tasks() -> None:
+    """Two tasks of unlike size, weighted to count alike: the mean of two accuracies and its binomial variance."""
+    rng = np.random.default_rng(9)
+    right = [(rng.random(size) < share).astype(float) for size, share in ((100, 0.5), (1900, 0.95))]
+    n = sum(map(len, right))
+    items = np.concatenate([task * n / (2 * len(task)) for task in right])
+    assert items.mean() == pytest.approx(np.mean([task.mean() for task in right]))
+    variance = sum(task.var() / len(task) for task in right) / 4
+    limits = bootstrap_interval(items, resamples=8000, strata=(100, 1900))
+    assert half_width(limits) == pytest.approx(1.96 * math.sqrt(variance), rel=0.05)
+
+
+def test_stratified_pairs_differ_from_pooled_ones() -> None:
+    """What differs between tasks and not between methods is no chance."""
+    rng = np.random.default_rng(10)
+    gap = np.concatenate([np.full(50, 1.0), np.full(50, -0.9)]) + rng.normal(0.0, 0.05, 100)
+    base = rng.normal(size=100)
+    assert paired_difference(base + gap, base).p_value > 0.5
+    assert paired_difference(base + gap, base, strata=(50, 50)).p_value < 0.01
+
+
+def test_weights_give_the_variance_of_a_ratio() -> None:
+    """Delta method (Cochran 1977, section 6.4): documents of unlike length whose loss per token is alike."""
+    rng = np.random.default_rng(11)
+    counts = rng.integers(5, 400, 500).astype(float)
+    sums = counts * rng.normal(2.0, 0.1, 500)
+    loss = sums.sum() / counts.sum()
+    items = sums * len(sums) / counts.sum()
+    variance = np.mean((sums - loss * counts) ** 2) / len(sums) / counts.mean() ** 2
+    limits = bootstrap_interval(items, "exp-mean", resamples=8000, weights=counts)
+    expected = 1.96 * math.sqrt(variance) * math.exp(loss)
+    assert half_width(limits) == pytest.approx(expected, rel=0.05)
+    assert half_width(bootstrap_interval(items, "exp-mean")) > 5 * expected  # as if lengths were losses
+
+
+def test_weights_on_any_scale_and_alike_change_nothing() -> None:
+    items = np.random.default_rng(12).normal(size=40)
+    assert bootstrap_interval(items, weights=np.full(40, 7.0)) == pytest.approx(bootstrap_interval(items))
+    counts = np.arange(1.0, 41.0)
+    assert bootstrap_interval(items, weights=counts) == pytest.approx(bootstrap_interval(items, weights=3 * counts))
+
+
+def test_few_kinds_of_items_are_drawn_like_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of right and wrong are the same bootstrap as drawing items one by one."""
+    rng = np.random.default_rng(13)
+    a, b = (rng.random(400) < 0.7).astype(float), (rng.random(400) < 0.6).astype(float)
+    quick = paired_difference(a, b, resamples=20_000)
+    monkeypatch.setattr(statistics, "_FEW", 0)
+    slow = paired_difference(a, b, resamples=20_000)
+    assert quick.difference == slow.difference
+    assert (quick.low, quick.high) == pytest.approx((slow.low, slow.high), abs=0.004)
+    assert quick.p_value == pytest.approx(slow.p_value, rel=0.3)
+
+
+def test_sides_may_change_places() -> None:
+    rng = np.random.default_rng(14)
+    for items in (rng.random((2, 300)) < 0.6, rng.normal(size=(2, 60))):
+        a, b = items.astype(float)
+        there, back = paired_difference(a, b, seed=3), paired_difference(b, a, seed=3)
+        assert there.p_value == back.p_value
+        assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+
+
+def test_recovery_of_accuracy_agrees_with_the_delta_method() -> None:
+    rng = np.random.default_rng(15)
+    dense = (rng.random(4000) < 0.8).astype(float)
+    items = np.where(rng.random(4000) < 0.1, 0.0, dense)
+    value, low, high = recovery_interval(items, dense, "mean", resamples=8000)
+    assert value == items.mean() / dense.mean()
+    variance = np.mean((items - value * dense) ** 2) / len(items) / dense.mean() ** 2
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(variance), rel=0.05)
+
+
+def test_recovery_of_perplexity_is_a_ratio_of_perplexities() -> None:
+    rng = np.random.default_rng(16)
+    dense = rng.normal(2.0, 0.5, 300)
+    items = dense + rng.normal(0.1, 0.02, 300)
+    value, low, high = recovery_interval(items, dense, "exp-mean", resamples=8000)
+    assert value == pytest.approx(math.exp(items.mean()) / math.exp(dense.mean()))
+    half = 1.96 * (items - dense).std() / math.sqrt(300)
+    assert (math.log(low), math.log(high)) == pytest.approx(
+        (math.log(value) - half, math.log(value) + half), abs=0.05 * half
+    )
+    broken = recovery_interval(items + 1000, dense + 1000, "exp-mean")  # both perplexities overflow, their ratio not
+    assert broken[0] == pytest.approx(value)
+
+
+def test_recovery_of_the_dense_model_itself_is_one() -> None:
+    dense = np.random.default_rng(17).normal(2.0, 0.5, 30)
+    assert recovery_interval(dense, dense, "exp-mean") == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="value is 0"):
+        recovery_interval([1.0, 0.0], [0.0, 0.0])
+
+
+def test_strata_respected_by_recovery() -> None:
+    rng = np.random.default_rng(18)
+    dense = np.concatenate([rng.normal(10, 0.1, 50), rng.normal(1, 0.1, 50)])
+    items = dense * np.repeat([0.9, 0.5], 50)
+    wide, narrow = (recovery_interval(items, dense, strata=strata) for strata in (None, (50, 50)))
+    assert wide[0] == narrow[0]
+    assert narrow[2] - narrow[1] < 0.2 * (wide[2] - wide[1])
+
+
+@pytest.mark.parametrize("strata", [(2, 1), (0, 4), (4.0,), ("4",), (5,)])
+def test_groups_that_do_not_fit_the_items_are_refused(strata: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="sum to the 4 items"):
+        bootstrap_interval(np.arange(4.0), strata=strata)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, 0.0, 1.0], [1.0, math.nan, 1.0]])
+def test_weights_that_do_not_fit_the_items_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="each of the 3 items"):
+        bootstrap_interval(np.arange(3.0), weights=weights)

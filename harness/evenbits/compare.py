@@ -1,0 +1,140 @@
+"""`evenbits compare A B`: two trials, or two methods over their seeds, number by number on the same items.
+
+Pure functions of records: nothing is printed, nothing is measured. A number is compared only with one of the same
+protocol; where protocols differ, the fields are named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from evenbits.cells import join_seeds, make_column, recovered
+from evenbits.errors import SuiteError
+from evenbits.fingerprints import Difference, differing_fields, name_fields, protocol_of
+from evenbits.named_trials import Named, near_names, some_of
+from evenbits.record import MetricFacts, Record
+from evenbits.rows import Cell, Column, Recovered, Row, why
+from evenbits.statistics import PairedDifference
+from evenbits.tables import with_settings
+from evenbits.verdict import Verdict, run_test, verdict
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One metric under one protocol. difference: a - b with its test, None where there is none (a count, no items)."""
+
+    column: Column
+    a: Cell
+    b: Cell
+    difference: PairedDifference | None
+    verdict: Verdict
+    recovery_a: Recovered | None
+    recovery_b: Recovered | None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A metric that cannot be compared, and why. fields: in what the protocols differ."""
+
+    name: str
+    reason: str
+    fields: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    a: Row
+    b: Row
+    level: float
+    metrics: tuple[Compared, ...]
+    refused: tuple[Refused, ...]
+    notes: tuple[str, ...] = ()
+
+
+def compare(a: Named, b: Named, metrics: Sequence[str] = (), level: float = 0.95) -> Comparison:
+    """All metrics that both have, or those named; qualities first.
+
+    Raises SuiteError when none can be compared (with the reasons), and for a metric that neither has.
+    """
+    rows = [join_seeds(side.records, side.folders, level) for side in (a, b)]
+    row_a, row_b = with_settings(rows)
+    names = list(dict.fromkeys(m.name for side in (a, b) for record in side.records for m in record.metrics))
+    for metric in metrics:
+        if metric not in names:
+            raise SuiteError(f"--metric {metric}: neither {a.name} nor {b.name} has it{near_names(metric, names)}")
+    compared: list[Compared] = []
+    refused: list[Refused] = []
+    for name in metrics or names:
+        columns = [_columns(side.records, name) for side in (a, b)]
+        common = [column for key, column in columns[0].items() if key in columns[1]]
+        compared += [_compared(row_a, row_b, column, (a, b), level) for column in common]
+        if not common:
+            refused.append(_refused(name, a, b))
+    if not compared:
+        raise SuiteError(f"{a.name} and {b.name} have no number to compare: {_reasons(refused)}")
+    compared.sort(key=lambda one: not one.column.quality)
+    notes = list(_restored(compared, a, b))
+    notes += [f"{side.name}: seed {r.seed} {r.status}: {why(r)}" for side in (a, b) for r in side.left_out]
+    return Comparison(row_a, row_b, level, tuple(compared), tuple(refused), tuple(notes))
+
+
+def _compared(a: Row, b: Row, column: Column, sides: tuple[Named, Named], level: float) -> Compared:
+    cells = a.cells[column.key], b.cells[column.key]
+    shares: list[Recovered | None] = []
+    for cell, side in zip(cells, sides, strict=True):
+        dense = _dense_cell(side, column, level) if column.quality else None
+        shares.append(None if dense is None else recovered(cell, dense, level))
+    exact = not column.quality and not column.volatile
+    found = None if exact else run_test(*cells, level)
+    return Compared(column, *cells, found, verdict(a, b, column, level), *shares)
+
+
+def _restored(compared: Sequence[Compared], a: Named, b: Named) -> Iterator[str]:
+    """A simulated method is never sold as fast."""
+    names = []
+    for one in compared:
+        if one.column.volatile:
+            record, metric = _measured(a.records, one.column.name)[0]
+            if protocol_of(record, metric).get("kernel") == "dense-restored":
+                names.append(one.column.name)
+    if names:
+        yield (
+            f"{', '.join(names)}: both ran on weights restored to dense ones, so what these differ by is not what "
+            "the methods' own kernels would"
+        )
+
+
+def _dense_cell(side: Named, column: Column, level: float) -> Cell | None:
+    """The uncompressed model's number under the same protocol, measured in the same run."""
+    for record in side.around:
+        cell = join_seeds([record], side.folders, level).cells.get(column.key)
+        if cell is not None:
+            return cell
+    return None
+
+
+def _columns(records: Sequence[Record], name: str) -> dict[tuple[str, str], Column]:
+    found = [make_column(record, metric) for record, metric in _measured(records, name)]
+    return {column.key: column for column in found}
+
+
+def _measured(records: Sequence[Record], name: str) -> list[tuple[Record, MetricFacts]]:
+    return [(record, metric) for record in records for metric in record.metrics if metric.name == name]
+
+
+def _refused(name: str, a: Named, b: Named) -> Refused:
+    found = [_measured(side.records, name) for side in (a, b)]
+    for side, own in zip((a, b), found, strict=True):
+        if not own:
+            return Refused(name, f"not measured for {side.name}")
+    fields = differing_fields(*(protocol_of(*own[0]) for own in found))
+    return Refused(name, f"different protocols: {name_fields(fields)}", tuple(fields))
+
+
+def _reasons(refused: Sequence[Refused]) -> str:
+    """Protocols in full, one by one; metrics that one side lacks together."""
+    texts = [f"{one.name}: {one.reason}" for one in refused if one.fields]
+    for reason in dict.fromkeys(one.reason for one in refused if not one.fields):
+        texts.append(f"{some_of([one.name for one in refused if one.reason == reason])}: {reason}")
+    return "; ".join(texts) or "nothing was measured of either"

@@ -1,0 +1,208 @@
+"""Tests of differences against closed forms, scipy, and simulation."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from evenbits.significance import Sampled, difference, exact_mcnemar, holm, interval, recovery, seed_interval
+from evenbits.statistics import Floats, Statistic
+
+
+def pair(only_a: int, only_b: int, both: int = 20, neither: int = 7) -> tuple[Floats, Floats]:
+    a = np.repeat([1.0, 0.0, 1.0, 0.0], [only_a, only_b, both, neither])
+    b = np.repeat([0.0, 1.0, 1.0, 0.0], [only_a, only_b, both, neither])
+    return a, b
+
+
+def seeds(items: Floats, transform: Statistic = "mean", **more: object) -> Sampled:
+    values = items.mean(axis=1)
+    return Sampled(np.exp(values) if transform == "exp-mean" else values, items, transform, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(10, 2), (2, 10), (1, 0), (5, 5), (40, 21), (0, 6)])
+def test_mcnemar_is_the_binomial_of_discordant_items(only_a: int, only_b: int) -> None:
+    n, k = only_a + only_b, min(only_a, only_b)
+    by_hand = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    found = exact_mcnemar(*pair(only_a, only_b))
+    assert found[:2] == (only_a, only_b)
+    assert found[2] == pytest.approx(by_hand, rel=1e-12)
+    assert found[2] == pytest.approx(scipy.stats.binomtest(only_a, n, 0.5).pvalue, rel=1e-9)
+
+
+def test_mcnemar_takes_right_and_wrong_only() -> None:
+    assert exact_mcnemar(*pair(0, 0)) == (0, 0, 1.0)
+    with pytest.raises(ValueError, match="0 or 1"):
+        exact_mcnemar([0.5, 1.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match="paired"):
+        exact_mcnemar([1.0], [1.0, 1.0])
+
+
+def test_one_seed_of_right_and_wrong_gets_mcnemar_and_all_else_the_bootstrap() -> None:
+    a, b = pair(10, 2)
+    found = difference(seeds(a[None]), seeds(b[None]))
+    assert (found.test, found.discordant, found.items) == ("exact McNemar", (10, 2), len(a))
+    assert found.p_value == exact_mcnemar(a, b)[2]
+    assert found.difference == pytest.approx(8 / len(a))
+    assert found.low < found.difference < found.high
+    of_tasks = difference(seeds(a[None], strata=(20, 19)), seeds(b[None], strata=(20, 19)))
+    assert (of_tasks.test, of_tasks.discordant) == ("paired bootstrap", None)
+    assert difference(seeds(2 * a[None]), seeds(2 * b[None])).test == "paired bootstrap"
+    assert difference(seeds(a[None], "exp-mean"), seeds(b[None], "exp-mean")).test == "paired bootstrap"
+
+
+@pytest.mark.parametrize("transform", ["mean", "exp-mean"])
+def test_identical_items_do_not_differ(transform: Statistic) -> None:
+    items = np.random.default_rng(0).normal(size=(1, 30))
+    for side in (seeds(items, transform), seeds(np.repeat(items, 3, axis=0), transform)):
+        found = difference(side, side)
+        assert (found.difference, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_seeds_alone_are_welchs_test() -> None:
+    a, b = np.array([5.1, 5.3, 5.2, 5.6]), np.array([5.7, 5.5, 5.9])
+    found = difference(Sampled(a), Sampled(b))
+    welch = scipy.stats.ttest_ind(a, b, equal_var=False)
+    assert found.p_value == pytest.approx(welch.pvalue)
+    assert (found.low, found.high) == pytest.approx(tuple(welch.confidence_interval(0.95)))
+    assert found.test == "t test over seeds"
+    assert math.isnan(difference(Sampled(a[:1]), Sampled(b[:1])).p_value)
+
+
+def test_a_single_seed_is_taken_to_vary_as_the_others_do() -> None:
+    """Then it is the pooled test with one value on one side; the dense model does not vary at all."""
+    a, b = np.array([5.1, 5.3, 5.2, 5.6]), np.array([5.9])
+    pooled = scipy.stats.ttest_ind(a, b, equal_var=True)
+    assert difference(Sampled(a), Sampled(b)).p_value == pytest.approx(pooled.pvalue)
+    one_sample = scipy.stats.ttest_1samp(a, 5.9)
+    assert difference(Sampled(a), Sampled(b, fixed=True)).p_value == pytest.approx(one_sample.pvalue)
+
+
+def test_interval_over_seeds_is_scipys() -> None:
+    values = [5.1, 5.3, 5.6]
+    mean, low, high = seed_interval(values)
+    assert mean == pytest.approx(np.mean(values))
+    expected = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    assert (low, high) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="at least two"):
+        seed_interval([1.0])
+    assert interval(Sampled(np.array([1.0]))) is None
+
+
+def draw(rng: np.random.Generator, seeds_: int, common: Floats, shift: float = 0.0) -> Floats:
+    """(seeds, items): how hard an item is, how lucky a seed is, and what one does on the other."""
+    return shift + common + rng.normal(0, 0.1, (seeds_, 1)) + rng.normal(0, 0.3, (seeds_, len(common)))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_false_alarms_over_seeds_stay_at_the_level(count: int) -> None:
+    """The no-overlap rule gives one in three at two seeds and one in ten at three."""
+    rng = np.random.default_rng(count)
+    alarms = 0
+    for _ in range(400):
+        common = rng.normal(2.0, 0.5, 150)
+        a, b = (seeds(draw(rng, count, common), "exp-mean") for _ in range(2))
+        found = difference(a, b)
+        alarms += found.p_value <= 0.05
+    assert alarms <= 34  # 20 expected, standard deviation 4.4; items counted twice make it fewer
+
+
+def test_intervals_over_seeds_and_items_cover_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    hits = width = 0.0
+    for _ in range(400):
+        found = interval(seeds(draw(rng, 3, rng.normal(2.0, 0.5, 60))))
+        assert found is not None
+        hits += found[0] <= 2.0 <= found[1]
+        width += found[1] - found[0]
+    assert 370 <= hits <= 398  # 380 expected, standard deviation 4.4; what is counted twice errs upwards
+    assert width / 400 < 0.8  # 4.3 standard errors of seeds alone would be about 0.5
+
+
+def test_a_clear_difference_is_found_with_three_seeds() -> None:
+    rng = np.random.default_rng(2)
+    common = rng.normal(2.0, 0.5, 200)
+    found = difference(seeds(draw(rng, 3, common, 0.8), "exp-mean"), seeds(draw(rng, 3, common), "exp-mean"))
+    assert found.p_value < 0.01
+    assert 0 < found.low < found.difference < found.high
+    assert found.test == "t test over seeds and items"
+
+
+def test_perplexities_of_two_seeds_do_not_reach_below_zero() -> None:
+    one = seeds(np.random.default_rng(3).normal([[2.0], [2.6]], 0.1, (2, 50)), "exp-mean")
+    found = interval(one)
+    assert found is not None
+    assert 0 < found[0] < one.values.min()
+    assert found[1] > one.values.max()
+
+
+def test_seeds_that_change_nothing_are_one_seed() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(2.0, 0.5, (2, 50))
+    once = difference(seeds(a[None], "exp-mean"), seeds(b[None], "exp-mean"))
+    thrice = difference(seeds(np.tile(a, (3, 1)), "exp-mean"), seeds(b[None], "exp-mean"))
+    assert (once.p_value, once.low, once.high) == (thrice.p_value, thrice.low, thrice.high)
+
+
+def test_enormous_perplexities_do_not_overflow() -> None:
+    a, b = (np.random.default_rng(5).normal(700.0, 0.1, (3, 20)) for _ in range(2))
+    found = difference(seeds(a, "exp-mean"), seeds(b - 300, "exp-mean"))
+    assert 0 <= found.p_value <= 1
+
+
+def test_weights_and_groups_count_over_seeds_too() -> None:
+    rng = np.random.default_rng(6)
+    counts = rng.integers(5, 400, 300).astype(float)
+    share = counts / counts.mean()
+    a, b = (share * rng.normal(2.0, 0.05, (3, 300)) for _ in range(2))
+    weighted, plain = (interval(seeds(a, weights=weights)) for weights in (counts, None))
+    assert weighted is not None
+    assert plain is not None
+    assert weighted[1] - weighted[0] < 0.3 * (plain[1] - plain[0])
+    level = np.repeat([0.0, 5.0], 150)
+    grouped = difference(seeds(a + level, strata=(150, 150)), seeds(b, strata=(150, 150)))
+    pooled = difference(seeds(a + level), seeds(b))
+    assert grouped.high - grouped.low < 0.8 * (pooled.high - pooled.low)
+
+
+def test_recovery_over_seeds_agrees_with_one_seed_where_seeds_agree() -> None:
+    rng = np.random.default_rng(7)
+    dense = rng.normal(2.0, 0.5, 300)
+    items = dense + rng.normal(0.1, 0.05, 300)
+    base = Sampled(np.array([np.exp(dense.mean())]), dense[None], "exp-mean", fixed=True)
+    one = recovery(seeds(items[None], "exp-mean"), base)
+    nearly = np.stack([items, items + 1e-9, items - 1e-9])
+    three = recovery(seeds(nearly, "exp-mean"), base)
+    assert one == pytest.approx(three, rel=1e-3)
+    assert one[0] == pytest.approx(math.exp(items.mean() - dense.mean()))
+    scattered = recovery(seeds(nearly + np.array([[0.1], [0.0], [-0.1]]), "exp-mean"), base)
+    assert scattered[2] is not None
+    assert one[2] is not None
+    assert scattered[2] > one[2]
+    assert recovery(Sampled(np.array([4.0])), Sampled(np.array([2.0]))) == (2.0, None, None)
+    with pytest.raises(ValueError, match="value is 0"):
+        recovery(Sampled(np.array([4.0])), Sampled(np.array([0.0])))
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    found = holm([0.04, math.nan, 0.01])
+    assert found[::2] == pytest.approx([0.04, 0.02])
+    assert math.isnan(found[1])
+    assert holm([]) == []
+
+
+def test_holm_keeps_false_alarms_of_a_section_at_the_level() -> None:
+    draws = np.random.default_rng(8).random((2000, 10))
+    assert sum(min(holm(list(row))) <= 0.05 for row in draws) / 2000 == pytest.approx(0.05, abs=0.015)
+
+
+def test_importing_statistics_stays_cheap() -> None:
+    code = "import evenbits.significance, evenbits.statistics, sys; print('scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

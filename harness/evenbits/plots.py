@@ -1,27 +1,20 @@
-"""Pareto plots: linear bits against quality, one figure a model and metric. matplotlib is loaded when one is drawn.
-
-Figures are made without pyplot, so no global state; the same table gives the same bytes.
-"""
+"""Pareto plots: linear bits against quality, one figure a model and metric."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-from evenbits.errors import MissingExtra
+from evenbits.plots_look import INK, despine, file_name, method_looks, method_name, render
 from evenbits.rows import Column, Row
 from evenbits.tables import ModelTable, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart under the common colour-vision deficiencies; yellow is left out on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
-INK = "#333333"
 WIDE_RANGE = 4.0  # largest over smallest from which on the quality axis is logarithmic
 BEYOND = 20.0  # times the dense model's value: what is worse is named at the edge, lest it flatten all the rest
 
@@ -31,28 +24,16 @@ def draw_pareto(table: Table) -> dict[str, bytes]:
 
     Raises MissingExtra where matplotlib is absent.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("matplotlib", "plots") from None
     files: dict[str, bytes] = {}
-    look = {"svg.fonttype": "none", "svg.hashsalt": "evenbits", "font.family": ["DejaVu Sans"], "font.size": 9}
     for model in table.models:
         for column in model.columns:
-            rows = [row for row in _compressed(model) if _drawable(row, column)]
+            rows = [row for row in compressed(model) if _drawable(row, column)]
             if not column.quality or not rows:
                 continue
-            name = _file_name(model, column, files)
-            with mpl.rc_context(look):
-                figure = Figure(figsize=(8, 4.8), layout="constrained")
-                FigureCanvasAgg(figure)
-                _draw(figure.add_subplot(), model, column, rows)
-                for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-                    buffer = io.BytesIO()
-                    figure.savefig(buffer, format=kind, dpi=160, metadata=facts)
-                    files[f"{name}.{kind}"] = buffer.getvalue()
+            words = f"pareto-{model.model.name}-{column.name}" + (f"-{column.letter}" if column.letter else "")
+            name = file_name(words, files)
+            drawn = render(partial(_figure, model=model, column=column, rows=rows), (8, 4.8))
+            files |= {f"{name}.{kind}": data for kind, data in drawn.items()}
     return files
 
 
@@ -71,18 +52,19 @@ def pareto_front(points: Sequence[tuple[float, float]], better: str) -> list[int
     return front
 
 
+def _figure(figure: Figure, model: ModelTable, column: Column, rows: Sequence[Row]) -> None:
+    _draw(figure.add_subplot(), model, column, rows)
+
+
 def _draw(axes: Axes, model: ModelTable, column: Column, rows: Sequence[Row]) -> None:
     dense = next((r for r in model.dense if not r.recovery and _drawable(r, column)), None)
     budgets = [s.budget for s in model.sections if s.budget is not None and s.budget.on == "linear"]
     shaded = sorted({(b.centre - b.window, b.centre + b.window) for b in budgets})
     for low, high in shaded:
         axes.axvspan(low, high, color="#8C8C8C", alpha=0.13, linewidth=0, zorder=0)
-    plain = sorted({row.name for row in rows})
     everything, rows = rows, [row for row in rows if not _beyond(row, rows, dense, column)]
-    for number, name in enumerate(sorted({_method(row) for row in everything})):
-        own = sorted((row for row in everything if _method(row) == name), key=lambda row: row.bits.linear)
-        colour = COLOURS[plain.index(own[0].name) % len(COLOURS)]  # a method keeps its colour through recovery
-        marker = MARKERS[number % len(MARKERS)]
+    for name, (colour, marker) in method_looks(list(compressed(model))).items():
+        own = sorted((row for row in everything if method_name(row) == name), key=lambda row: row.bits.linear)
         if inside := [row for row in own if row in rows]:
             _draw_method(axes, column, inside, name, colour, marker)
         if outside := [row for row in own if row not in rows]:
@@ -108,9 +90,7 @@ def _draw(axes: Axes, model: ModelTable, column: Column, rows: Sequence[Row]) ->
     axes.set_ylabel(f"{column.title}{unit}, {column.better} is better")
     title = f"{model.model.name}: {column.title} at even bits"
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
+    despine(axes)
     legend = axes.figure.legend(loc="outside right upper", frameon=False, fontsize=8.5)
     if shaded:
         legend.set_title("grey: budget windows")
@@ -167,7 +147,7 @@ def _logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _compressed(model: ModelTable) -> Iterator[Row]:
+def compressed(model: ModelTable) -> Iterator[Row]:
     for section in model.sections:
         yield from (*section.rows, *section.outside)
 
@@ -175,17 +155,3 @@ def _compressed(model: ModelTable) -> Iterator[Row]:
 def _drawable(row: Row, column: Column) -> bool:
     cell = row.cells.get(column.key)
     return cell is not None and math.isfinite(cell.value)
-
-
-def _method(row: Row) -> str:
-    return " + ".join([row.name, *row.recovery])
-
-
-def _file_name(model: ModelTable, column: Column, taken: dict[str, Any]) -> str:
-    words = f"pareto-{model.model.name}-{column.name}" + (f"-{column.letter}" if column.letter else "")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", words).strip("-")
-    number = 2
-    unique = name
-    while f"{unique}.png" in taken:
-        unique, number = f"{name}-{number}", number + 1
-    return unique

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evenbits.record import Record, write_atomically
+from evenbits.record import LayerFacts, Record, write_atomically
 from evenbits.report_csv import as_csv
+from evenbits.report_layers import has_layers, layers_csv, layers_markdown
+from evenbits.report_samples import has_samples, samples_markdown
 from evenbits.report_text import as_markdown, as_terminal
 from evenbits.rows import dense_bits, why
 from evenbits.tables import Table, gather
@@ -30,23 +32,45 @@ def as_json(records: Sequence[Record]) -> list[dict[str, Any]]:
 def write_report(
     folder: Path, records: Sequence[Record], folders: Mapping[str, Path] | None = None, *, plots: bool = True
 ) -> list[Path]:
-    """Write report.md, report.csv, report.json and, unless told not to, the Pareto plots (PNG and SVG).
+    """Write report.md, report.csv, report.json, and where trials have them layers.md, layers.csv and samples.md.
 
-    Returns the paths. Raises MissingExtra, before anything is written, when plots are wanted and matplotlib is absent.
+    Unless told not to, the plots too (PNG and SVG): Pareto, recovery, and heat maps of the layers. Returns the paths.
+    Raises MissingExtra, before anything is written, when plots are wanted and matplotlib is absent.
     """
-    from evenbits.plots import draw_pareto
-
     table = gather(records, folders)
-    files: dict[str, bytes] = draw_pareto(table) if plots else {}
-    images = "".join(f"![{name[:-4]}]({name})\n\n" for name in files if name.endswith(".svg"))
+    shown, maps = _plots(table) if plots else ({}, {})
+    files = shown | maps
+    links: list[str] = []
+    if has_layers(table):
+        links.append("- [error and bits of every layer](layers.md), [as CSV](layers.csv)")
+        files["layers.md"] = layers_markdown(table, _vector(maps)).encode()
+        files["layers.csv"] = layers_csv(table).encode()
+    if has_samples(table):
+        links.append("- [what the models write: sample continuations beside the dense model's](samples.md)")
+        files["samples.md"] = samples_markdown(table).encode()
+    more = ["## Plots", *(f"![{name[:-4]}]({name})" for name in _vector(shown))] if shown else []
+    more += ["## More", "\n".join(links)] if links else []
     files |= {
-        "report.md": (as_markdown(table) + ("\n" + images if images else "")).encode(),
+        "report.md": as_markdown(table, more).encode(),
         "report.csv": as_csv(table).encode(),
         "report.json": (json.dumps(as_json(records), indent=1, allow_nan=False) + "\n").encode(),
     }
     for name, data in files.items():
         write_atomically(folder / name, data)
     return [folder / name for name in sorted(files)]
+
+
+def _plots(table: Table) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The pictures of the report's own page, and those of the layers' page."""
+    from evenbits.plots import draw_pareto
+    from evenbits.plots_layers import draw_layers
+    from evenbits.plots_recovery import draw_recovery
+
+    return draw_pareto(table) | draw_recovery(table), draw_layers(table)
+
+
+def _vector(files: Mapping[str, bytes]) -> list[str]:
+    return [name for name in files if name.endswith(".svg")]
 
 
 def _one(record: Record) -> dict[str, Any]:
@@ -85,10 +109,22 @@ def _one(record: Record) -> dict[str, Any]:
         "seconds": record.seconds,
         "metrics": metrics,
         "fingerprint": fingerprints,
+        "layers": [_layer(layer) for layer in record.layers],
+        "samples": [sample.model_dump(mode="json") for sample in record.samples],
+        "remarks": list(record.remarks),
     }
     if record.status != "done":
         found["reason"] = why(record)
     return found
+
+
+def _layer(facts: LayerFacts) -> dict[str, Any]:
+    return {
+        "name": facts.name,
+        "bits": _finite(facts.bits),
+        "error": _finite(facts.error),
+        "calibrated_error": _finite(facts.calibrated_error),
+    }
 
 
 def _finite(value: float | None) -> float | None:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 
 from evenbits.record import Record
-from evenbits.rows import Row, why
+from evenbits.rows import Column, Row, why
 from evenbits.tables import ModelTable, Section, Table
 
 
@@ -17,7 +17,7 @@ def as_csv(table: Table) -> str:
     facts = ["model", "revision", "dtype", "method", "label", "options", "budget", "window", "on", "recovery", "seeds"]
     sizes = ["index_bits", "paper_bits", "linear_bits", "model_bits", "linear_bytes", "model_bytes"]
     ratios = ["linear_ratio_fp32", "linear_ratio_stored", "model_ratio_fp32", "model_ratio_stored"]
-    of_metric = ["", " low", " high", " vs dense", " mark", " protocol"]
+    of_metric = ["", " low", " high", " vs dense", " vs dense low", " vs dense high", " mark", " protocol"]
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
     writer.writerow(
@@ -34,7 +34,7 @@ def as_csv(table: Table) -> str:
                     line += [""] * len(of_metric)
                     continue
                 mark = section.marks.get((index, column.key), "") if section is not None else ""
-                line += [cell.value, _blank(cell.low), _blank(cell.high), _blank(model.against_dense(row, column))]
+                line += [cell.value, _blank(cell.low), _blank(cell.high), *_ratio(model, row, column)]
                 line += [mark, column.protocol]
             writer.writerow([*line, ""])
         for record in (*model.skipped, *model.failed):
@@ -62,6 +62,14 @@ def _facts(record: Record, settings: str) -> list[object]:
         *where,
         "+".join(record.recovery) or "none",
     ]
+
+
+def _ratio(model: ModelTable, row: Row, column: Column) -> list[float | str]:
+    """Value, low and high against dense; a cost has no interval, its items are no pairs."""
+    if not column.quality or (row.method == "dense" and not row.recovery):
+        return [_blank(model.against_dense(row, column)), "", ""]
+    found = model.recovery(row, column)
+    return ["", "", ""] if found is None else [found.value, _blank(found.low), _blank(found.high)]
 
 
 def _blank(value: float | None) -> float | str:

@@ -126,10 +126,10 @@ def test_without_the_extra_for_plots(evenbits: Any, suites: Any, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert 'pip install "evenbits[plots]"' in one_line(done.stderr)
     written = {path.name for path in (tmp_path / "results/runs/tiny/report").iterdir()}
-    assert written == {"report.md", "report.csv", "report.json"}
+    assert written == {"report.md", "report.csv", "report.json", "layers.md", "layers.csv"}
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "report", "plugins", "clean"])
+@pytest.mark.parametrize("command", ["run", "plan", "report", "compare", "plugins", "clean"])
 def test_help(evenbits: Any, command: str) -> None:
     done = evenbits(command, "--help")
     assert done.returncode == 0

@@ -1,0 +1,256 @@
+"""The tables of a report as sheets of strings: what stands where, for a terminal or for Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from evenbits.layers import every_row
+from evenbits.record import BudgetFacts
+from evenbits.report_format import format_budget, format_bytes, format_number
+from evenbits.report_protocols import RESTORED, column_protocols, kernel_of, ran_lines
+from evenbits.rows import Cell, Column, Row
+from evenbits.tables import ModelTable, Section
+
+SETTINGS_WIDTH = 26  # of a terminal's 120 columns
+NUMBER_WIDTH = 20  # of a heading: about what a number with its interval takes
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table to show: groups of lines with a rule between them; every line has as many texts as the header."""
+
+    title: str
+    header: tuple[str, ...]
+    groups: tuple[tuple[tuple[str, ...], ...], ...]
+    left: int  # how many of the first columns are words, aligned left
+    below: tuple[str, ...] = ()  # what must be said of it
+
+
+def sheets(model: ModelTable, *, shorten: bool) -> Iterator[Sheet]:
+    """Quality first, then bits and bytes, then what running costs, then the rows outside their window."""
+    quality = [c for c in model.columns if c.quality]
+    costs = [c for c in model.columns if c.volatile]  # sizes stand in the sheet of bytes
+    more = 6 if shorten else 4  # metrics a sheet
+    alike = shorten and _names_repeat(model)  # settings must then stand beside the names, and there is less room
+    first = 1 if alike else 2
+    name = model.model.name
+    protocols = column_protocols(model)
+    if model.dense or any(s.rows for s in model.sections):
+        overview = f"{name}: quality at even bits"
+        yield _overview(model, overview, first, alike) if shorten else _sheet(model, overview, quality[:2], sizes=True)
+        for start in range(first, len(quality), more):
+            shown = quality[start : start + more]
+            yield (
+                _brief(model, f"{name}: more quality", shown)
+                if shorten
+                else _sheet(model, f"{name}: more quality", shown)
+            )
+        yield _bytes_sheet(model, f"{name}: bits and bytes", shorten)
+        for start in range(0, len(costs), 5):
+            shown = costs[start : start + 5]
+            kernels = {c.key: kernel for c in shown if (kernel := kernel_of(protocols.get(c.key, {}))) != RESTORED}
+            title = f"{name}: cost of running"
+            sheet = _brief(model, title, shown, kernels) if shorten else _sheet(model, title, shown, kernels=kernels)
+            yield replace(sheet, below=tuple(ran_lines(shown, protocols)))
+    outside = tuple(
+        tuple(
+            (
+                *_who(row, section.budget, shorten),
+                f"{row.budget_bits:.3f}",
+                *(_number(row.cells.get(c.key), c, "", brief=shorten) for c in quality[:1]),
+            )
+            for row in section.outside
+        )
+        for section in model.sections
+        if section.outside
+    )
+    if outside:
+        header = (*_WHO, "bits", *(_heading(c) for c in quality[:1]))
+        yield Sheet(f"{name}: outside the window, not ranked", header, outside, len(_WHO))
+
+
+_WHO = ("budget", "method", "settings", "recovery", "seeds")
+
+
+def _who(row: Row, budget: BudgetFacts | None, shorten: bool, width: int = SETTINGS_WIDTH) -> tuple[str, ...]:
+    settings = row.settings
+    if shorten and len(settings) > width:
+        settings = settings[: width - 1] + "…"
+    return (
+        "" if row.method == "dense" else format_budget(budget),
+        row.name,
+        settings,
+        row.stage,
+        str(len(row.records)),
+    )
+
+
+def _sheet(
+    model: ModelTable,
+    title: str,
+    columns: Sequence[Column],
+    *,
+    sizes: bool = False,
+    kernels: Mapping[tuple[str, str], str] | None = None,
+) -> Sheet:
+    """Everything known of some metrics. kernels: column key -> what ran, where it has to stand in the heading."""
+    show_ratio = _with_ratio(model, columns)
+    header = [*_WHO, *(("linear", "model", "size") if sizes else ())]
+    for column in columns:
+        header += [_heading(column, kernels), *(["vs dense"] if column in show_ratio else [])]
+
+    def line(row: Row, section: Section | None, index: int) -> tuple[str, ...]:
+        texts = list(_who(row, section.budget if section is not None else None, shorten=False))
+        if sizes:
+            texts += [f"{row.bits.linear:.3f}", f"{row.bits.model:.3f}", format_bytes(row.model_bytes)]
+        for column in columns:
+            texts.append(_number(row.cells.get(column.key), column, _mark(section, index, column), brief=False))
+            if column in show_ratio:
+                texts.append(_ratio(model, row, column, brief=False))
+        return tuple(texts)
+
+    return Sheet(title, tuple(header), _groups(model, line), len(_WHO))
+
+
+def _names_repeat(model: ModelTable) -> bool:
+    """Whether some section has two rows of one name and recovery stage."""
+    return any(len({(row.name, row.stage_key) for row in s.rows}) < len(s.rows) for s in model.sections)
+
+
+def _overview(model: ModelTable, title: str, first: int, settings: bool) -> Sheet:
+    """For a terminal: bits and size beside the `first` qualities and the time a token takes.
+
+    Recovery stages and seeds are shown where there are any; settings where names do not tell rows apart, else they
+    stand in the sheet of bytes.
+    """
+    columns = [c for c in model.columns if c.quality][:first]
+    times = [c for c in model.columns if c.volatile and c.unit == "ms/token"][:1]
+    rows = [row for row, _ in every_row(model)]
+    words = [name for name, shown in (
+        ("budget", True), ("method", True), ("settings", settings), ("recovery", any(row.recovery for row in rows)),
+        ("seeds", any(len(row.records) > 1 for row in rows)),
+    ) if shown]  # fmt: skip
+    show_ratio = _with_ratio(model, columns)
+    header = [*words, "linear", "size"]
+    for column in columns:
+        header += [_narrow(_heading(column), NUMBER_WIDTH), *(["vs\ndense"] if column in show_ratio else [])]
+    header += [_narrow(_heading(column), 1) for column in times]
+
+    def line(row: Row, section: Section | None, index: int) -> tuple[str, ...]:
+        who = dict(zip(_WHO, _who(row, section.budget if section is not None else None, shorten=True), strict=True))
+        texts = [*(who[word] for word in words), f"{row.bits.linear:.3f}", format_bytes(row.model_bytes)]
+        for column in columns:
+            texts.append(_number(row.cells.get(column.key), column, _mark(section, index, column), brief=True))
+            if column in show_ratio:
+                texts.append(_ratio(model, row, column, brief=True))
+        return (*texts, *(_number(row.cells.get(column.key), column, "", brief=True) for column in times))
+
+    protocols = column_protocols(model)
+    return Sheet(title, tuple(header), _groups(model, line), len(words), tuple(ran_lines(times, protocols)))
+
+
+def _brief(
+    model: ModelTable, title: str, columns: Sequence[Column], kernels: Mapping[tuple[str, str], str] | None = None
+) -> Sheet:
+    """For a terminal: values and marks of several metrics; the intervals stand in the files."""
+    header = ["budget", "method", *(_narrow(_heading(column, kernels), 1) for column in columns)]
+
+    def line(row: Row, section: Section | None, index: int) -> tuple[str, ...]:
+        who = _who(row, section.budget if section is not None else None, shorten=True)[:2]
+        bare = {
+            c.key: replace(cell, low=None, high=None) for c in columns if (cell := row.cells.get(c.key)) is not None
+        }
+        return (*who, *(_number(bare.get(c.key), c, _mark(section, index, c), brief=True) for c in columns))
+
+    return Sheet(title, tuple(header), _groups(model, line), 2)
+
+
+def _groups(
+    model: ModelTable, line: Callable[[Row, Section | None, int], tuple[str, ...]]
+) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    groups = [tuple(line(row, None, 0) for row in model.dense)]
+    groups += [tuple(line(row, section, i) for i, row in enumerate(section.rows)) for section in model.sections]
+    return tuple(group for group in groups if group)
+
+
+def _mark(section: Section | None, index: int, column: Column) -> str:
+    return section.marks.get((index, column.key), "") if section is not None else ""
+
+
+def _with_ratio(model: ModelTable, columns: Sequence[Column]) -> list[Column]:
+    """The metrics of quality, where any row can be set against the dense model."""
+    quality = [c for c in columns if c.quality]
+    known = any(model.against_dense(row, c) is not None for row, _ in every_row(model) for c in quality)
+    return quality if known else []
+
+
+def _bytes_sheet(model: ModelTable, title: str, shorten: bool) -> Sheet:
+    words = ("budget", "method", "settings", "index", "paper", "linear", "model")
+    header: tuple[str, ...]
+    if shorten:
+        header = (*words, "linear\nsize", "model\nsize", "linear vs\nfp32 / stored", "model vs\nfp32 / stored")
+    else:
+        header = (*words, "linear size", "model size", "linear vs fp32", "vs stored", "model vs fp32", "vs stored")
+
+    def line(row: Row, section: Section | None, _: int) -> tuple[str, ...]:
+        bits, times = row.bits, [f"{ratio:.3g}x" for ratio in row.ratios.values()]
+        if shorten:
+            times = [" / ".join(times[:2]), " / ".join(times[2:])]
+        return (
+            *_who(row, section.budget if section is not None else None, shorten, 16)[:3],
+            *(f"{b:.3f}" for b in (bits.index, bits.paper, bits.linear, bits.model)),
+            *(format_bytes(row.linear_bytes), format_bytes(row.model_bytes)),
+            *times,
+        )
+
+    return Sheet(title, header, _groups(model, line), 3)
+
+
+def _heading(column: Column, kernels: Mapping[tuple[str, str], str] | None = None) -> str:
+    known = column.unit in ("", "1", "bytes", "B", column.name) or column.name.endswith(
+        "_" + column.unit.replace("/", "_per_")
+    )
+    kernel = (kernels or {}).get(column.key)
+    heading = f"{column.title}{'' if known else f' ({column.unit})'} {'↓' if column.better == 'lower' else '↑'}"
+    return heading + (f" (kernel {kernel})" if kernel else "")
+
+
+def _narrow(heading: str, width: int) -> str:
+    """Broken before a unit, and between the words of a name where a line would be longer than `width`."""
+    name, bracket, unit = heading.partition(" (")
+    lines: list[str] = []
+    for word in re.split(r"[_.]" if width == 1 else r"(?<=[_.])", name):
+        if lines and len(lines[-1]) + len(word) <= width:
+            lines[-1] += word
+        else:
+            lines.append(word)
+    return "\n".join(lines) + (f"\n({unit}" if bracket else "")
+
+
+def _number(cell: Cell | None, column: Column, mark: str, *, brief: bool) -> str:
+    """brief: costs without their interval, and room for a mark on every line so that numbers stand in line."""
+    if cell is None:
+        return "-"
+    written = format_bytes if column.unit in ("bytes", "B") else format_number
+    hidden = cell.low is None or cell.high is None or (brief and column.volatile)
+    interval = "" if hidden else f" [{written(cell.low or 0.0)}, {written(cell.high or 0.0)}]"
+    room = 1 if brief and column.quality else 0
+    return (written(cell.value) + interval + f" {mark:{room}}") if mark or room else written(cell.value) + interval
+
+
+def _ratio(model: ModelTable, row: Row, column: Column, *, brief: bool) -> str:
+    """brief: without the interval, for which a terminal has no room; the dense model's own is always 1."""
+    if brief or (row.method == "dense" and not row.recovery):
+        ratio = model.against_dense(row, column)
+        return "" if ratio is None else _share(ratio)
+    found = model.recovery(row, column)
+    if found is None:
+        return ""
+    hidden = found.low is None or found.high is None
+    return _share(found.value) + ("" if hidden else f" [{_share(found.low or 0.0)}, {_share(found.high or 0.0)}]")
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else format_number(value)

@@ -1,4 +1,4 @@
-"""Multiple-choice tasks through EleutherAI's lm-evaluation-harness."""
+"""Tasks of EleutherAI's lm-evaluation-harness: its own by name, a folder's, or the papers' sets from local files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def provide_evaluators() -> Sequence[Evaluator]:
     return [
         Evaluator(
             name="lm-eval",
-            summary="accuracy on lm-eval tasks: a folder of YAML tasks, or the hub's by name",
+            summary="accuracy on lm-eval tasks: the hub's by name, a folder of YAML tasks, or local data files",
             options=LmEvalOptions,
             make=_make,
             files=task_files,
-            preload=("lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks", "datasets"),
+            location=("data", "folder"),
+            preload=("lm_eval.models.huggingface", "lm_eval.tasks", "datasets"),
         )
     ]

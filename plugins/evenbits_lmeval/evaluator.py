@@ -1,124 +1,238 @@
-"""Scores tasks with lm-eval's own prompts and log-likelihoods, and keeps every item's result."""
+"""Scores tasks with lm-eval's own prompts, metrics and groups, and keeps what every choice of every item scored."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-
 from evenbits.errors import MissingExtra, SuiteError, TrialFailed
-from evenbits.measure import Measurement, Subject
+from evenbits.measure import Measurement, Remark, Subject
 from evenbits.sampling import tokenizer_identity
-from evenbits.statistics import bootstrap_interval
-from evenbits_lmeval.options import LmEvalOptions, task_folder
+from evenbits_lmeval.loading import Loaded, loaded_tasks
+from evenbits_lmeval.metrics import Part, choice_scores, columns, joint_protocol, mean_of, measured
+from evenbits_lmeval.options import ADD_BOS, ERAS, FEW_SHOT_SEED, LmEvalOptions
+from evenbits_lmeval.scoring import Items, build, score
+from evenbits_lmeval.sets import KNOWN_ROWS
 
-METRICS = ("acc", "acc_norm")
-BOS = {"tokenizer": None, "always": True, "none": False}
+
+@dataclass(frozen=True)
+class Run:
+    """What a scored run knows beside its items. fronts: by task, what stands in front of its first request."""
+
+    facts: Mapping[str, Any]
+    fronts: Mapping[str, str | None]
+    scored_by: Mapping[str, Any]
+    max_length: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Of one task. parts: by metric, for means. cut: what was truncated. files: to be kept beside the record."""
+
+    measurements: Sequence[Measurement]
+    parts: Mapping[str, Part]
+    cut: Mapping[str, int]
+    files: Mapping[str, bytes]
 
 
 class LmEvalEvaluator:
     def __init__(self, options: LmEvalOptions) -> None:
         self.options = options
 
-    def evaluate(self, subject: Subject) -> Sequence[Measurement]:
-        """One measurement "TASK_acc" (and "TASK_acc_norm") a task, higher is better, in shares of 1.
+    def evaluate(self, subject: Subject) -> Sequence[Measurement | Remark]:
+        """First the means that the options name, then for each name asked for its groups' and its tasks' metrics.
 
-        items: 0 or 1 for each item in the task's order. low, high: 95 % percentile bootstrap over items.
-        Raises SuiteError for unknown tasks, TrialFailed when a task yields no accuracy, MissingExtra without lm-eval.
+        A task's are called "TASK_METRIC" ("piqa_acc"); their items stand in the task's order. Of a group, what lm-eval
+        states for it: the mean over its tasks (of subgroups too), each counting alike, or by its items where the group
+        says so; a group or tag without such a statement has only its tasks' metrics. Accuracies are shares of 1, higher
+        is better. low, high: 95 % percentile bootstrap over items, for means within each task.
+        A group's tasks are metrics of their own with the option `members`, else in the details of its figure ("tasks").
+        The first measurement of a task, or of its group, holds the attachment choices-TASK.npz (see `ChoiceScores`).
+        details: items; the scorer's path, its reason where lm-eval's own way was taken, its batches; truncated_items
+        and truncated_requests, which lost tokens on the left for want of context, and which a remark names, too.
+        Raises SuiteError for unknown tasks, broken items and a mean of what has no accuracy, all before anything is
+        scored; TrialFailed for data that cannot be loaded and a task without metric; MissingExtra without lm-eval.
         """
-        results = self._run(subject)
-        measurements: list[Measurement] = []
-        for task in self.options.tasks:
-            samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
-            protocol = self._protocol(subject, results, task, samples)
-            found = [metric for metric in METRICS if metric in samples[0]]
-            if not found:
-                raise TrialFailed(f"lm-eval: task {task!r} has no accuracy; its metrics: {samples[0]['metrics']}")
-            for metric in found:
-                items = np.array([float(sample[metric]) for sample in samples])
-                measurements.append(_accuracy(f"{task}_{metric}", items, {**protocol, "metric": metric}))
-        if self.options.mean is not None:
-            return [self._mean(measurements), *measurements]  # what papers compare comes first
-        return measurements
-
-    def _run(self, subject: Subject) -> Any:
         try:
-            from lm_eval import simple_evaluate
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
+            import lm_eval  # noqa: F401
         except ImportError as error:
             raise MissingExtra("lm-eval", "lmeval") from error
-        folder = task_folder(self.options)
-        manager = TaskManager(
-            include_path=None if folder is None else str(folder.resolve()), include_defaults=folder is None
-        )
-        unknown = [task for task in self.options.tasks if task not in manager.all_tasks]
-        if unknown:
-            known = ", ".join(sorted(manager.all_tasks)[:12]) or "none"
-            raise SuiteError(f"lm-eval: no task {', '.join(unknown)} in {folder or 'lm-eval'}; there are: {known}")
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        model = HFLM(
-            pretrained=subject.model,
-            tokenizer=subject.tokenizer,
-            batch_size=self.options.batch_size,
-            max_length=self.options.max_length,
-            device=str(subject.device),
-            add_bos_token=BOS[self.options.bos],
-        )
-        return simple_evaluate(
-            model=model,
-            tasks=list(self.options.tasks),
-            task_manager=manager,
-            limit=self.options.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-        )
+        with loaded_tasks(self.options) as loaded:
+            self._check_means(loaded)
+            built = [build(name, task, self.options) for name, task in loaded.tasks.items()]
+            run = self._answer(subject, built)
+            return [*self._measurements(loaded, built, run), *self._remarks(built, run)]
 
-    def _protocol(
-        self, subject: Subject, results: Any, task: str, samples: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
-        items = hashlib.sha256("".join(str(sample["doc_hash"]) for sample in samples).encode()).hexdigest()
-        prompts = hashlib.sha256("".join(str(sample["prompt_hash"]) for sample in samples).encode()).hexdigest()
+    def _check_means(self, loaded: Loaded) -> None:
+        for name in (self.options.mean, self.options.mean_norm):
+            for task, which in loaded.tasks.items():
+                if name is not None and "acc" not in which.aggregation():
+                    raise SuiteError(
+                        f"lm-eval: {name!r} is a mean of accuracies, and {task} has none; leave it out, "
+                        "or measure it by an evaluator of its own"
+                    )
+
+    def _answer(self, subject: Subject, built: Sequence[Items]) -> Run:
+        from evenbits_lmeval.scorer import make_scorer
+
+        advance = subject.progress(sum(len(list(items.flat)) for items in built), "lm-eval")
+        lm = make_scorer(
+            subject.model,
+            subject.tokenizer,
+            device=subject.device,
+            encoding=ERAS[self.options.era].encoding,
+            add_bos=ADD_BOS[self.options.bos_rule],
+            max_length=self.options.max_length,
+            batch_tokens=self.options.batch_tokens,
+            batch_size=self.options.batch_size,
+            kind=self.options.scorer,
+            progress=advance,
+        )
+        fronts = {items.name: self._front(lm, items) for items in built}
+        for items in built:
+            score(lm, items, advance)
+        # the two ways to score agree within 1e-4 nats, so which one it was is no part of the protocol: a trial on a
+        # model that only lm-eval's own can score still stands in one column with the others
+        scored_by = {"scorer": lm.path, "scorer_reason": lm.reason, "batches": dict(lm.policy)}
+        facts = {**subject.facts, "tokenizer": tokenizer_identity(subject.tokenizer)}
+        return Run(facts, fronts, scored_by, int(lm.max_length))
+
+    def _front(self, lm: Any, items: Items) -> str | None:
+        """The tokens that stand in front of the task's first request without being of its text; None: there are none.
+
+        Raises TrialFailed where BOS was asked for and the tokenizer puts none.
+        """
+        text = "" if items.kind == "loglikelihood_rolling" else items.requests[0][0].args[0].rstrip()
+        if text == "":  # nothing is scored without a context: one token stands for it, whatever the BOS rule
+            return str(lm.tokenizer.convert_ids_to_tokens(lm.prefix_token_id))
+        whole, own = lm.tok_encode(text), lm.tok_encode(text, add_special_tokens=False)
+        before = next((n for n in range(len(whole)) if whole[n : n + len(own)] == own), 0)
+        if not before and self.options.bos == "always":
+            raise TrialFailed(
+                'lm-eval: bos = "always", but this tokenizer puts no BOS in front of a text; '
+                'give bos = "none", or a tokenizer whose template has one'
+            )
+        return " ".join(lm.tokenizer.convert_ids_to_tokens(whole[:before])) or None
+
+    def _protocol(self, items: Items, run: Run) -> dict[str, Any]:
+        options = self.options
+        few_shot = int(items.task.get_config("num_fewshot") or 0)
         return {
-            **subject.facts,
-            "task": task,
-            "task_version": str(results["versions"].get(task)),
-            "items": len(samples),
-            "items_sha256": items[:16],
-            "prompts_sha256": prompts[:16],
-            "few_shot": int(results["n-shot"].get(task, 0)),
-            "bos": self.options.bos,
-            "max_length": self.options.max_length,
-            "tokenizer": tokenizer_identity(subject.tokenizer),
+            **run.facts,
+            "task": items.name,
+            "task_version": str(items.task.VERSION),
+            "items": len(items.docs),
+            "rows": options.rows if items.name in KNOWN_ROWS else None,
+            "items_sha256": items.identity[:16],
+            "few_shot": few_shot,
+            "few_shot_seed": FEW_SHOT_SEED if few_shot else None,
+            "era": options.era,
+            "encoding": ERAS[options.era].encoding,
+            "bos": options.bos_rule,
+            "front": run.fronts[items.name],
+            "max_length": run.max_length,
             "lm_eval": version("lm-eval"),
-            "scorer": "HFLM",
         }
 
-    def _mean(self, measurements: Sequence[Measurement]) -> Measurement:
-        """Plain mean of the tasks' `acc`, as papers print it; its items are all items, each weighted by its task."""
-        accuracies = [measurement for measurement in measurements if measurement.name.endswith("_acc")]
-        parts = [m.items * (1 / (len(m.items) * len(accuracies))) for m in accuracies if m.items is not None]
-        items = np.concatenate(parts)
-        items = items * len(items)  # so that their plain mean is the mean of the tasks
-        name = str(self.options.mean)
-        protocol = {"tasks": [dict(measurement.fingerprint) for measurement in accuracies], "metric": "mean of acc"}
-        return _accuracy(name, items, protocol)
+    def _remarks(self, built: Sequence[Items], run: Run) -> list[Remark]:
+        remarks = []
+        if self.options.scorer == "auto" and run.scored_by["scorer_reason"] is not None:
+            remarks.append(Remark(f"scored by lm-eval's own HFLM: {run.scored_by['scorer_reason']}"))
+        cut = {items.name: truncated(items)[0] for items in built}
+        if any(cut.values()):
+            said = ", ".join(f"{count} of {name}" for name, count in cut.items() if count)
+            remarks.append(Remark(f"items longer than the context, cut on the left: {said}"))
+        return remarks
+
+    def _measurements(self, loaded: Loaded, built: Sequence[Items], run: Run) -> list[Measurement]:
+        tasks = {items.name: self._task(items, run) for items in built}
+        result: list[Measurement] = []
+        listed: list[Mapping[str, Part]] = []
+        for name, members in loaded.listed.items():
+            figures, joint = self._groups(loaded, name, [tasks[member] for member in members], run)
+            result += figures
+            listed += [joint] if joint else [tasks[member].parts for member in members]
+            if not joint or self.options.members:
+                for member in members:
+                    result += tasks[member].measurements
+        return [*self._means(listed, run), *result]  # what papers compare comes first
+
+    def _task(self, items: Items, run: Run) -> TaskResult:
+        protocol = self._protocol(items, run)
+        found, others = columns(items)
+        if not found:
+            raise TrialFailed(
+                f"lm-eval: task {items.name!r} has no metric with a value for each item, only {', '.join(others)}"
+            )
+        cut, files = {}, {}
+        if (scores := choice_scores(items, items.hashes)) is not None:
+            files[f"choices-{_file_name(items.name)}.npz"] = scores.to_bytes()
+            cut = dict(zip(("truncated_items", "truncated_requests"), truncated(items), strict=True))
+        details = {**run.scored_by, **cut, **({"other_metrics": others} if others else {})}
+        measurements = [
+            measured(f"{items.name}_{metric}", column, {**protocol, "metric": metric}, details, files if first else {})
+            for first, (metric, column) in zip([True, *[False] * len(found)], found.items(), strict=False)
+        ]
+        parts = {metric: Part(items.name, column, (len(column.items),), protocol) for metric, column in found.items()}
+        return TaskResult(measurements, parts, cut, files)
+
+    def _groups(
+        self, loaded: Loaded, name: str, members: Sequence[TaskResult], run: Run
+    ) -> tuple[list[Measurement], dict[str, Part]]:
+        """The figures of the groups below `name`, and its own as parts of a mean: {} where none is stated for `acc`."""
+        parts = {part.name: member.parts for member in members for part in member.parts.values()}
+        files = {file: data for member in members for file, data in member.files.items()}
+        cut = {key: sum(member.cut[key] for member in members if member.cut) for key in members[0].cut}
+        figures: list[Measurement] = []
+        joint: dict[str, Part] = {}
+        for group in loaded.groups.values():
+            if not set(group.tasks) <= set(parts):
+                continue
+            for each in group.metrics:
+                over = [parts[task][each.metric] for task in group.tasks if each.metric in parts[task]]
+                if not over or over[0].column.statistic != "mean":
+                    continue
+                column, strata = mean_of(over, each.metric, each.by_items)
+                fields = joint_protocol(over, each.metric)
+                fields["mean"] = "of all items" if each.by_items else "of the tasks' means"
+                own = group.name == name
+                details = {
+                    **run.scored_by,
+                    **(cut if own else {}),
+                    "tasks": {part.name: part.column.value for part in over},
+                }
+                kept = files if own and not joint and not self.options.members else {}
+                figures.append(measured(f"{group.name}_{each.metric}", column, fields, details, kept, strata))
+                if own:
+                    joint[each.metric] = Part(group.name, column, strata, fields)
+        return figures, joint if "acc" in joint else {}
+
+    def _means(self, listed: Sequence[Mapping[str, Part]], run: Run) -> list[Measurement]:
+        """Plain means over what was asked for, as papers print them."""
+        wanted: list[tuple[str, str, list[Part]]] = []
+        if self.options.mean is not None:
+            wanted.append((self.options.mean, "mean of acc", [each["acc"] for each in listed if "acc" in each]))
+        if self.options.mean_norm is not None:
+            chosen = [each.get("acc_norm", each.get("acc")) for each in listed]
+            metric = "mean of acc_norm, of acc where there is none"
+            wanted.append((self.options.mean_norm, metric, [part for part in chosen if part is not None]))
+        found = []
+        for name, metric, over in wanted:
+            column, strata = mean_of(over, "acc")
+            tasks = {part.name: part.column.value for part in over}
+            details = {**run.scored_by, "tasks": tasks}
+            found.append(measured(name, column, joint_protocol(over, metric), details, strata=strata))
+        return found
 
 
-def _accuracy(name: str, items: np.ndarray[Any, Any], protocol: Mapping[str, Any]) -> Measurement:
-    low, high = bootstrap_interval(items, "mean")
-    return Measurement(
-        name=name,
-        value=float(items.mean()),
-        unit="accuracy",
-        better="higher",
-        low=low,
-        high=high,
-        fingerprint=protocol,
-        details={"items": len(items)},
-        items=items,
-    )
+def truncated(items: Items) -> tuple[int, int]:
+    """How many items, and how many of their requests, lost tokens on the left."""
+    cut = [sum(size.cut > 0 for size in sizes) for sizes in items.lengths]
+    return sum(count > 0 for count in cut), sum(cut)
+
+
+def _file_name(task: str) -> str:
+    """Letters, digits, dots, dashes: what may stand in the name of a file beside a record."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in task)

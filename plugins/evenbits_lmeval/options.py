@@ -1,35 +1,131 @@
-"""What a suite may say about lm-eval tasks, and where a folder of tasks lies."""
+"""What a suite may say about lm-eval tasks: three doors to tasks, eras of the harness, where the files lie."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from evenbits.compressor import Options
 from evenbits.errors import SuiteError
 
 PACKAGE = "package:"
+PAPERS_FIVE = "papers-five"
+"""In `tasks`: the five sets that papers on quantisation report."""
+FIVE = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
+FEW_SHOT_SEED = 1234  # lm-eval's own default
+
+Bos = Literal["tokenizer", "always", "none"]
+ADD_BOS: dict[Bos, bool | None] = {"tokenizer": None, "always": True, "none": False}
+
+
+@dataclass(frozen=True)
+class Era:
+    """How a range of lm-eval's versions turned a context and a continuation into tokens.
+
+    encoding: "apart" encodes the two by themselves, the space at the continuation's front; "joint" encodes them as one
+    text and cuts it where the context's own encoding ends, spaces at the context's end moved to the continuation.
+    """
+
+    encoding: Literal["joint", "apart"]
+    bos: Bos
+    versions: str
+
+
+# What they have in common: a request longer than the context window loses tokens on the left, BOS included.
+# What they differ in beside this table:
+# - before an empty context (BLiMP) 0.3.0 put the end of text, later versions BOS where there is one
+# - BLiMP's sentences had no space before them in 0.3.0, and have had one since (`target_delimiter`)
+# Sources: lm_eval/base.py and lm_eval/tasks/blimp.py at v0.3.0; pull requests 546 (joint encoding) and 3347 (BOS).
+ERAS: dict[str, Era] = {
+    "A": Era("apart", "none", "0.3.0"),
+    "B": Era("joint", "none", "0.4.0 to 0.4.9.1"),
+    "C": Era("joint", "tokenizer", "0.4.9.2 and later"),
+}
 
 
 class LmEvalOptions(Options):
-    tasks: tuple[str, ...] = Field(min_length=1, description="task names, as lm-eval knows them")
+    tasks: tuple[str, ...] = Field(
+        min_length=1, description='names of tasks or groups; "papers-five" stands for ' + ", ".join(FIVE)
+    )
     folder: str | None = Field(
         default=None,
         description='folder of YAML tasks and their data, or "package:NAME/FOLDER" inside an installed package; '
-        "without it, lm-eval's own tasks, whose data come from the hub",
+        "without it and without data, lm-eval's own tasks, whose data come from the hub",
     )
-    bos: Literal["tokenizer", "always", "none"] = Field(
-        default="tokenizer", description="whether a BOS stands in front of every request"
+    data: str | None = Field(
+        default=None,
+        description="folder of local data files (piqa.validation.jsonl, blimp/PARADIGM.jsonl ...), scored as lm-eval "
+        "scores the hub's",
     )
-    batch_size: int = Field(default=16, ge=1, description="requests scored at a time")
+    rows: Literal["known", "any"] = Field(
+        default="known", description='whether a set that papers report must have its known number of rows; "any": no'
+    )
+    era: Literal["A", "B", "C"] = Field(
+        default="C",
+        description="lm-eval versions whose encoding is followed: A 0.3.0 (context and continuation apart, no BOS), "
+        "B 0.4.0 to 0.4.9.1 (jointly, no BOS), C later (jointly, the tokenizer decides on BOS)",
+    )
+    bos: Bos | None = Field(
+        default=None, description="whether a BOS stands in front of every request; without it, as the era had it"
+    )
+    few_shot: int | None = Field(
+        default=None, ge=0, description="solved examples in front of each item; without it, as the task says"
+    )
+    scorer: Literal["auto", "tree", "hflm"] = Field(
+        default="auto",
+        description="tree: what requests share is encoded once; hflm: lm-eval's own; auto: tree where the model allows",
+    )
+    batch_size: int = Field(default=16, ge=1, description="requests that hflm scores at a time")
+    batch_tokens: int | None = Field(
+        default=None, ge=1, description="tokens that the tree scorer encodes at a time; without it, its own choice"
+    )
     max_length: int | None = Field(default=None, ge=2, description="context in tokens; None: the model's")
     limit: int | None = Field(default=None, ge=1, description="only the first so many items of each task")
+    members: bool = Field(
+        default=False,
+        description="whether each task of a group (each paradigm of BLiMP) is a metric of its own, too; else its "
+        "figure stands in the group's details, its choices beside the record",
+    )
     mean: str | None = Field(
         default=None, description="name of a further metric: the mean of the tasks' accuracies, e.g. zero_shot_acc"
     )
+    mean_norm: str | None = Field(
+        default=None, description="the same of acc_norm, and of acc for tasks without acc_norm (WinoGrande)"
+    )
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        names = expand(tasks)
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"{min(twice)!r} stands twice in tasks")
+        return tasks
+
+    @model_validator(mode="after")
+    def _one_door(self) -> LmEvalOptions:
+        if self.folder is not None and self.data is not None:
+            raise ValueError('give "folder" (YAML tasks) or "data" (data files of known tasks), not both')
+        if self.mean is not None and self.mean == self.mean_norm:
+            raise ValueError(f'"mean" and "mean_norm" need names of their own, not both {self.mean!r}')
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks and groups asked for, shortcuts written out."""
+        return expand(self.tasks)
+
+    @property
+    def bos_rule(self) -> Bos:
+        return ERAS[self.era].bos if self.bos is None else self.bos
+
+
+def expand(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for task in tasks for name in (FIVE if task == PAPERS_FIVE else (task,)))
 
 
 def task_folder(options: LmEvalOptions) -> Path | None:
@@ -49,7 +145,27 @@ def task_folder(options: LmEvalOptions) -> Path | None:
     return folder
 
 
-def task_files(options: LmEvalOptions) -> list[Path]:
-    """Every file of the folder: what they say is part of what a trial is."""
+def task_files(options: Any) -> list[Path]:
+    """Every file that says what is scored, checked row by row: the plan hashes what they say.
+
+    Raises SuiteError naming file and row, and for a task that a folder does not name.
+    """
+    from evenbits_lmeval.rows import check_json_lines
+    from evenbits_lmeval.sets import local_files
+
+    if options.data is not None:
+        return local_files(options)
     folder = task_folder(options)
-    return [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
+    if folder is None:
+        return []
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    for path in files:
+        if path.suffix == ".jsonl":
+            check_json_lines(path)
+    said = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.suffix == ".yaml")
+    for name in options.names:
+        # whether it is a task, a group or a tag only lm-eval can say; what no file mentions is none of them
+        if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", said):
+            known = ", ".join(re.findall(r"^(?:task|group):\s*([\w-]+)\s*$", said, flags=re.MULTILINE)[:12]) or "none"
+            raise SuiteError(f"lm-eval: no task {name} in {folder}; there are: {known}")
+    return files

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Sequence
 
 MARKUP = frozenset("&<>|*_~`[]\\$:@#!")
-_ACTIVE = re.compile(r"[\\|*~`<&]|(?<!\w)_|_(?!\w)|(?<=\])\(")  # an underscore inside a word is no emphasis
+_ACTIVE = re.compile(r"[\\|*~`<&$]|(?<!\w)_|_(?!\w)|(?<=\])\(")  # an underscore inside a word is no emphasis
 _WRITTEN = {"<": "&lt;", "&": "&amp;"}
 JOINERS = "\u200c\u200d"  # letters of some scripts and emoji are joined or kept apart by them
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from evenbits.plots_look import INK, despine, file_name, method_looks, method_name, render
+from evenbits.plots_look import INK, despine, file_name, legend_name, method_looks, method_name, render
 from evenbits.rows import Column, Row
 from evenbits.tables import ModelTable, Table
 
@@ -109,14 +109,23 @@ def _draw_method(axes: Axes, column: Column, rows: Sequence[Row], name: str, col
         bits, [cell.value for cell in cells], yerr=spans if any(map(any, spans)) else None, color=colour, linewidth=1,
         linestyle=line, alpha=0.9, elinewidth=1, capsize=2.5, zorder=2,
     )  # fmt: skip
-    for row, cell in zip(rows, cells, strict=True):  # hollow: outside its window
-        axes.plot(
-            row.bits.linear, cell.value, marker, color=colour, markersize=6.5, zorder=3,
-            markerfacecolor=colour if row.within else "white", markeredgewidth=1.4,
-        )  # fmt: skip
-    axes.plot([], [], marker=marker, color=colour, linewidth=1, linestyle=line, markersize=6.5, label=name)
+    for within, fill in ((True, colour), (False, "white")):  # hollow: outside its window
+        if own := [i for i, row in enumerate(rows) if row.within is within]:
+            axes.plot(
+                [bits[i] for i in own], [cells[i].value for i in own], marker, color=colour, markersize=6.5, zorder=3,
+                markerfacecolor=fill, markeredgewidth=1.4,
+            )  # fmt: skip
+    axes.plot([], [], marker=marker, color=colour, linewidth=1, linestyle=line, markersize=6.5, label=legend_name(name))
     if not all(row.within for row in rows):
-        axes.plot([], [], marker, color=colour, markersize=6.5, markerfacecolor="white", label=f"{name}, off window")
+        axes.plot(
+            [],
+            [],
+            marker,
+            color=colour,
+            markersize=6.5,
+            markerfacecolor="white",
+            label=legend_name(f"{name}, off window"),
+        )
 
 
 def _beyond(row: Row, rows: Sequence[Row], dense: Row | None, column: Column) -> bool:
@@ -132,7 +141,7 @@ def _draw_at_the_edge(axes: Axes, column: Column, rows: Sequence[Row], name: str
     values = ", ".join(f"{row.cells[column.key].value:.3g}" for row in rows)
     axes.plot(
         [row.bits.linear for row in rows], [1.0] * len(rows), marker, color=colour, markersize=6.5, clip_on=False,
-        zorder=3, transform=axes.get_xaxis_transform(), label=f"{name}, off the scale:\n{values}",
+        zorder=3, transform=axes.get_xaxis_transform(), label=legend_name(f"{name}, off the scale:\n{values}"),
     )  # fmt: skip
 
 

@@ -61,12 +61,12 @@ class Quantity:
     logarithmic: bool = True
 
 
-ERROR = Quantity("error", "error of the weights", "relative squared error, dark is bad", lambda cell: cell.error)
+ERROR = Quantity("error", "error of the weights", "relative squared error,\ndark is bad", lambda cell: cell.error)
 CALIBRATED = Quantity(
-    "calibrated-error", "error on the calibration text", "relative squared error of the outputs, dark is bad",
+    "calibrated-error", "error on the calibration text", "relative squared error\nof the outputs, dark is bad",
     lambda cell: cell.calibrated,
 )  # fmt: skip
-BITS = Quantity("bits", "bits", "bits per weight, by the layer's own bytes", lambda cell: cell.bits, False)
+BITS = Quantity("bits", "bits", "bits per weight,\nby the layer's own bytes", lambda cell: cell.bits, False)
 
 
 def draw_layers(table: Table) -> dict[str, bytes]:
@@ -254,7 +254,3 @@ def _patch(corner: tuple[float, float], width: float, *, hatched: bool, label: s
     if hatched:
         patch.set(hatch="/////", edgecolor="#9A9A9A")
     return patch
-
-
-def _block(place: Place) -> str:
-    return "" if place.block is None else str(place.block)

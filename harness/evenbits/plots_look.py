@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h")
 INK = "#333333"
-LOOK = {"svg.fonttype": "none", "svg.hashsalt": "evenbits", "font.family": ["DejaVu Sans"], "font.size": 9}
+DPI = 160  # of the PNG
+LOOK = {
+    "svg.fonttype": "none", "svg.hashsalt": "evenbits", "font.family": ["DejaVu Sans"], "font.size": 9,
+    "text.parse_math": False,  # a $ in a name is no formula
+}  # fmt: skip
 
 
 def require_matplotlib() -> None:
@@ -33,26 +38,45 @@ def require_matplotlib() -> None:
 
 
 def render(draw: Callable[[Figure], None], size: tuple[float, float]) -> dict[str, bytes]:
-    """ "png" and "svg" of one figure of `size` inches, neither with a date in it. Raises MissingExtra."""
+    """ "png" and "svg" of one figure of `size` inches, neither with a date in it. Raises MissingExtra.
+
+    The layout is found once, at the PNG's resolution: savefig would find it anew for each kind, after drawing all.
+    """
     require_matplotlib()
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found: dict[str, bytes] = {}
-    with mpl.rc_context(LOOK):
-        figure = Figure(figsize=size, layout="constrained")
+    with warnings.catch_warnings(), mpl.rc_context({**_defaults(mpl.rcParamsDefault), **LOOK}):
+        # names in scripts that the font lacks are boxes in the PNG; in the SVG text stays text
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
+        layout = figure.get_layout_engine()
+        assert layout is not None
+        layout.execute(figure)
+        figure.set_layout_engine(None)
         for kind, facts in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, dpi=160, metadata=facts)
+            figure.savefig(buffer, format=kind, dpi=DPI, metadata=facts)
             found[kind] = buffer.getvalue()
     return found
 
 
+def _defaults(settings: Mapping[str, object]) -> dict[str, object]:
+    """What a matplotlibrc may have changed. Backends are left alone: figures here have their own."""
+    return {name: value for name, value in settings.items() if "backend" not in name}
+
+
 def method_name(row: Row) -> str:
     return " + ".join([row.name, *row.recovery])
+
+
+def legend_name(name: str) -> str:
+    """Legends leave out what begins with an underscore: a space of no width before it brings it back."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def method_looks(rows: Sequence[Row]) -> Mapping[str, tuple[str, str]]:

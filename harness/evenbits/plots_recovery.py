@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from evenbits.plots import compressed, pareto_front
-from evenbits.plots_look import INK, despine, file_name, method_looks, method_name, render
+from evenbits.plots_look import INK, despine, file_name, legend_name, method_looks, method_name, render
 from evenbits.rows import Column, Row
 from evenbits.tables import ModelTable, Table
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ACROSS = 3  # panels beside each other
 PANEL = (3.3, 2.5)  # inches
 GAP = 0.5  # of a panel's span: what lies so far below all else stands at the edge, lest it flatten the rest
+FAR = 0.1  # of the dense model's quality: a smaller gap is no outlier, however close together the rest are
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ def draw_recovery(table: Table) -> dict[str, bytes]:
 
 def split_far(values: Sequence[float]) -> float:
     """Below which value points stand at the edge: those under the widest gap, if that is over half of the span down
-    from the dense model and few lie under it. -inf: nowhere."""
+    from the dense model, a tenth of its quality at least, and few lie under it. -inf: nowhere."""
     if not values:
         return -math.inf
     found = sorted(values)
     gap, index = max(((b - a, i) for i, (a, b) in enumerate(pairwise(found), 1)), default=(0.0, 0))
     span = max(1.0, found[-1]) - found[0]
-    return found[index] if span > 0 and gap > GAP * span and 4 * index <= len(found) else -math.inf
+    return found[index] if gap > max(FAR, GAP * span) and 4 * index <= len(found) else -math.inf
 
 
 def _draw(
@@ -116,7 +117,7 @@ def _legend(figure: Figure, points: Sequence[Point], looks: Mapping[str, tuple[s
 
     recovered = {method_name(point.row): bool(point.row.recovery) for point in points}
     handles = [
-        Line2D([], [], marker=marker, color=colour, linewidth=1, markersize=5.5, label=name,
+        Line2D([], [], marker=marker, color=colour, linewidth=1, markersize=5.5, label=legend_name(name),
                linestyle=":" if recovered[name] else "-")
         for name, (colour, marker) in looks.items() if name in recovered
     ]  # fmt: skip
@@ -164,11 +165,12 @@ def _draw_method(axes: Axes, points: Sequence[Point], colour: str, marker: str) 
         color=colour, linewidth=1, linestyle=":" if points[0].row.recovery else "-", alpha=0.9, elinewidth=1,
         capsize=2, zorder=2,
     )  # fmt: skip
-    for point in points:  # hollow: outside its window
-        axes.plot(
-            point.bits, point.value, marker, color=colour, markersize=5.5, zorder=3, markeredgewidth=1.2,
-            markerfacecolor=colour if point.row.within else "white",
-        )  # fmt: skip
+    for within, fill in ((True, colour), (False, "white")):  # hollow: outside its window
+        if own := [point for point in points if point.row.within is within]:
+            axes.plot(
+                [p.bits for p in own], [p.value for p in own], marker, color=colour, markersize=5.5, zorder=3,
+                markeredgewidth=1.2, markerfacecolor=fill,
+            )  # fmt: skip
 
 
 def _draw_at_the_edge(axes: Axes, point: Point, colour: str, marker: str) -> None:

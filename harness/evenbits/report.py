@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from evenbits.verdict import Verdict, verdict
 __all__ = ["Table", "Verdict", "as_csv", "as_json", "as_markdown", "as_terminal", "gather", "verdict", "write_report"]
 
 
+_OURS = re.compile(r"layers\.(md|csv)|samples\.md|(pareto|recovery|layers)-.*\.(png|svg)")
+
+
 def as_json(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One object per trial, the dense model too. Bits and bytes are null and empty unless it is done.
 
@@ -30,14 +34,21 @@ def as_json(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def write_report(
-    folder: Path, records: Sequence[Record], folders: Mapping[str, Path] | None = None, *, plots: bool = True
+    folder: Path,
+    records: Sequence[Record],
+    folders: Mapping[str, Path] | None = None,
+    *,
+    plots: bool = True,
+    table: Table | None = None,
 ) -> list[Path]:
     """Write report.md, report.csv, report.json, and where trials have them layers.md, layers.csv and samples.md.
 
-    Unless told not to, the plots too (PNG and SVG): Pareto, recovery, and heat maps of the layers. Returns the paths.
+    Unless told not to, the plots too (PNG and SVG): Pareto, recovery, and heat maps of the layers. Pages and plots of
+    an earlier report that this one does not have are removed. Returns the paths. table: what `gather` made of the
+    same records and folders, where that is at hand.
     Raises MissingExtra, before anything is written, when plots are wanted and matplotlib is absent.
     """
-    table = gather(records, folders)
+    table = gather(records, folders) if table is None else table
     shown, maps = _plots(table) if plots else ({}, {})
     files = shown | maps
     links: list[str] = []
@@ -57,6 +68,9 @@ def write_report(
     }
     for name, data in files.items():
         write_atomically(folder / name, data)
+    for path in folder.iterdir():
+        if path.name not in files and _OURS.fullmatch(path.name):
+            path.unlink()
     return [folder / name for name in sorted(files)]
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from evenbits.layers import LayerCell, LayerRow, by_budget, compressed_only, layer_rows, places, short_kinds
 from evenbits.markdown import plain, table_lines
@@ -53,12 +54,13 @@ def layers_csv(table: Table) -> str:
             where: list[object] = ["", "", ""] if budget is None else [budget.centre, budget.window, budget.on]
             facts: list[object] = [row.model.name, row.model.revision, row.model.dtype, row.method]
             facts += [row.records[0].label, row.settings, *where, row.stage, " ".join(str(r.seed) for r in row.records)]
+            noted = _noted(found)
             for cell in found.cells:
                 place = cell.place
                 writer.writerow(
                     [*facts, place.name, "" if place.block is None else place.block, place.kind, cell.bits]
                     + ["" if value is None else value for value in (cell.error, cell.calibrated)]
-                    + [int(cell.left_dense), _noted(found, place.name)]
+                    + [int(cell.left_dense), noted.get(place.name, "")]
                 )
     return target.getvalue()
 
@@ -130,13 +132,15 @@ def _one(cell: LayerCell | None) -> str:
     return f"{'-' if cell.error is None else format_number(cell.error)} ({cell.bits:.2f})"
 
 
-def _noted(found: LayerRow, name: str) -> str:
-    notes = {r.seed: layer.meta for r in found.row.records for layer in r.layers if layer.name == name and layer.meta}
-    texts = {json.dumps(meta, sort_keys=True) for meta in notes.values()}
-    if not texts:
-        return ""
-    return (
-        texts.pop()
-        if len(texts) == 1
-        else json.dumps({str(seed): meta for seed, meta in notes.items()}, sort_keys=True)
-    )
+def _noted(found: LayerRow) -> dict[str, str]:
+    """Layer -> what the method noted of it, for layers of which it did."""
+    notes: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in found.row.records:
+        for layer in record.layers:
+            if layer.meta:
+                notes.setdefault(layer.name, {})[str(record.seed)] = layer.meta
+    texts: dict[str, str] = {}
+    for name, by_seed in notes.items():
+        first, *others = by_seed.values()
+        texts[name] = json.dumps(by_seed if any(other != first for other in others) else first, sort_keys=True)
+    return texts

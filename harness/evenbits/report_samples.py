@@ -21,7 +21,9 @@ ABOUT = (
     "Log-prob: mean log-probability, in nats, that the model gave the tokens it wrote. Of several seeds the first.",
 )
 
-_HEADER = ["budget", "method", "continuation", "bits", "words in common", "parts at", "tokens", "log-prob", "ended by"]
+_HEADER = (
+    "budget", "method", "continuation", "linear bits", "words in common", "parts at", "tokens", "log-prob", "ended by",
+)  # fmt: skip
 
 # words with the space before them; a sign of a script that sets no spaces stands for itself
 _WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+)")
@@ -109,19 +111,7 @@ def samples_markdown(table: Table) -> str:
 
 
 def _table(prompt: Prompt) -> str:
-    lines = [
-        [
-            "budget",
-            "method",
-            "continuation",
-            "linear bits",
-            "words in common",
-            "parts at",
-            "tokens",
-            "log-prob",
-            "ended by",
-        ]
-    ]
+    lines = [list(_HEADER)]
     for written in prompt.written:
         row, sample = written.row, written.sample
         dense = prompt.dense

@@ -14,6 +14,9 @@ from evenbits.rows import Cell, Column, Row
 from evenbits.tables import ModelTable, Section
 
 SETTINGS_WIDTH = 26  # of a terminal's 120 columns
+BRIEF_SETTINGS = 15  # where many columns stand beside them
+RATIO = "vs\ndense"  # a terminal's heading; it belongs to the column before it
+BRIEF_WIDTH = 10  # of a heading above a number without its interval
 NUMBER_WIDTH = 20  # of a heading: about what a number with its interval takes
 
 
@@ -33,13 +36,12 @@ def sheets(model: ModelTable, *, shorten: bool) -> Iterator[Sheet]:
     quality = [c for c in model.columns if c.quality]
     costs = [c for c in model.columns if c.volatile]  # sizes stand in the sheet of bytes
     more = 6 if shorten else 4  # metrics a sheet
-    alike = shorten and _names_repeat(model)  # settings must then stand beside the names, and there is less room
-    first = 1 if alike else 2
+    first = 1 if _names_repeat(model) else 2  # settings must then stand beside the names, and there is less room
     name = model.model.name
     protocols = column_protocols(model)
     if model.dense or any(s.rows for s in model.sections):
         overview = f"{name}: quality at even bits"
-        yield _overview(model, overview, first, alike) if shorten else _sheet(model, overview, quality[:2], sizes=True)
+        yield _overview(model, overview, first) if shorten else _sheet(model, overview, quality[:2], sizes=True)
         for start in range(first, len(quality), more):
             shown = quality[start : start + more]
             yield (
@@ -115,11 +117,28 @@ def _sheet(
 
 
 def _names_repeat(model: ModelTable) -> bool:
-    """Whether some section has two rows of one name and recovery stage."""
-    return any(len({(row.name, row.stage_key) for row in s.rows}) < len(s.rows) for s in model.sections)
+    """Whether two rows that stand together, of the dense model or of a section, show one name and recovery."""
+    groups = [model.dense, *(section.rows for section in model.sections)]
+    return any(len({(row.name, row.recovery) for row in rows}) < len(rows) for rows in groups)
 
 
-def _overview(model: ModelTable, title: str, first: int, settings: bool) -> Sheet:
+def _words(model: ModelTable, *, settings: bool, seeds: bool) -> list[str]:
+    """What of `_WHO` a terminal needs to tell rows apart; settings and seeds: whether the sheet has room for them."""
+    rows = [row for row, _ in every_row(model)]
+    needed = {
+        "settings": settings and _names_repeat(model),
+        "recovery": any(row.recovery for row in rows),
+        "seeds": seeds and any(len(row.records) > 1 for row in rows),
+    }
+    return [word for word in _WHO if needed.get(word, True)]
+
+
+def _said(row: Row, section: Section | None, words: Sequence[str], width: int = SETTINGS_WIDTH) -> list[str]:
+    who = dict(zip(_WHO, _who(row, section.budget if section is not None else None, True, width), strict=True))
+    return [who[word] for word in words]
+
+
+def _overview(model: ModelTable, title: str, first: int) -> Sheet:
     """For a terminal: bits and size beside the `first` qualities and the time a token takes.
 
     Recovery stages and seeds are shown where there are any; settings where names do not tell rows apart, else they
@@ -127,20 +146,15 @@ def _overview(model: ModelTable, title: str, first: int, settings: bool) -> Shee
     """
     columns = [c for c in model.columns if c.quality][:first]
     times = [c for c in model.columns if c.volatile and c.unit == "ms/token"][:1]
-    rows = [row for row, _ in every_row(model)]
-    words = [name for name, shown in (
-        ("budget", True), ("method", True), ("settings", settings), ("recovery", any(row.recovery for row in rows)),
-        ("seeds", any(len(row.records) > 1 for row in rows)),
-    ) if shown]  # fmt: skip
+    words = _words(model, settings=True, seeds=True)
     show_ratio = _with_ratio(model, columns)
     header = [*words, "linear", "size"]
     for column in columns:
-        header += [_narrow(_heading(column), NUMBER_WIDTH), *(["vs\ndense"] if column in show_ratio else [])]
-    header += [_narrow(_heading(column), 1) for column in times]
+        header += [_narrow(_heading(column), NUMBER_WIDTH), *([RATIO] if column in show_ratio else [])]
+    header += [_narrow(_heading(column), 7, " ") for column in times]
 
     def line(row: Row, section: Section | None, index: int) -> tuple[str, ...]:
-        who = dict(zip(_WHO, _who(row, section.budget if section is not None else None, shorten=True), strict=True))
-        texts = [*(who[word] for word in words), f"{row.bits.linear:.3f}", format_bytes(row.model_bytes)]
+        texts = [*_said(row, section, words), f"{row.bits.linear:.3f}", format_bytes(row.model_bytes)]
         for column in columns:
             texts.append(_number(row.cells.get(column.key), column, _mark(section, index, column), brief=True))
             if column in show_ratio:
@@ -155,16 +169,17 @@ def _brief(
     model: ModelTable, title: str, columns: Sequence[Column], kernels: Mapping[tuple[str, str], str] | None = None
 ) -> Sheet:
     """For a terminal: values and marks of several metrics; the intervals stand in the files."""
-    header = ["budget", "method", *(_narrow(_heading(column, kernels), 1) for column in columns)]
+    words = _words(model, settings=True, seeds=False)
+    header = [*words, *(_narrow(_heading(column, kernels), BRIEF_WIDTH, " ") for column in columns)]
 
     def line(row: Row, section: Section | None, index: int) -> tuple[str, ...]:
-        who = _who(row, section.budget if section is not None else None, shorten=True)[:2]
         bare = {
             c.key: replace(cell, low=None, high=None) for c in columns if (cell := row.cells.get(c.key)) is not None
         }
-        return (*who, *(_number(bare.get(c.key), c, _mark(section, index, c), brief=True) for c in columns))
+        shown = (_number(bare.get(c.key), c, _mark(section, index, c), brief=True) for c in columns)
+        return (*_said(row, section, words, BRIEF_SETTINGS), *shown)
 
-    return Sheet(title, tuple(header), _groups(model, line), 2)
+    return Sheet(title, tuple(header), _groups(model, line), len(words))
 
 
 def _groups(
@@ -187,43 +202,52 @@ def _with_ratio(model: ModelTable, columns: Sequence[Column]) -> list[Column]:
 
 
 def _bytes_sheet(model: ModelTable, title: str, shorten: bool) -> Sheet:
-    words = ("budget", "method", "settings", "index", "paper", "linear", "model")
-    header: tuple[str, ...]
+    recovery = ["recovery"] if any(row.recovery for row, _ in every_row(model)) else []
+    words = ["budget", "method", "settings", *recovery]
+    header = [*words, "index", "paper", "linear", "model"]
     if shorten:
-        header = (*words, "linear\nsize", "model\nsize", "linear vs\nfp32 / stored", "model vs\nfp32 / stored")
+        header += ["linear\nsize", "linear vs\nfp32/stored", "model vs\nfp32/stored"]
     else:
-        header = (*words, "linear size", "model size", "linear vs fp32", "vs stored", "model vs fp32", "vs stored")
+        header += ["linear size", "model size", "linear vs fp32", "vs stored", "model vs fp32", "vs stored"]
 
     def line(row: Row, section: Section | None, _: int) -> tuple[str, ...]:
         bits, times = row.bits, [f"{ratio:.3g}x" for ratio in row.ratios.values()]
         if shorten:
-            times = [" / ".join(times[:2]), " / ".join(times[2:])]
+            sizes = [format_bytes(row.linear_bytes)]  # the model's stands in the overview
+            times = ["/".join(times[:2]), "/".join(times[2:])]
+            who = _said(row, section, words, BRIEF_SETTINGS)
+        else:
+            sizes = [format_bytes(row.linear_bytes), format_bytes(row.model_bytes)]
+            who = list(_who(row, section.budget if section is not None else None, shorten=False))[: len(words)]
         return (
-            *_who(row, section.budget if section is not None else None, shorten, 16)[:3],
+            *who,
             *(f"{b:.3f}" for b in (bits.index, bits.paper, bits.linear, bits.model)),
-            *(format_bytes(row.linear_bytes), format_bytes(row.model_bytes)),
+            *sizes,
             *times,
         )
 
-    return Sheet(title, header, _groups(model, line), 3)
+    return Sheet(title, tuple(header), _groups(model, line), len(words))
 
 
 def _heading(column: Column, kernels: Mapping[tuple[str, str], str] | None = None) -> str:
-    known = column.unit in ("", "1", "bytes", "B", column.name) or column.name.endswith(
-        "_" + column.unit.replace("/", "_per_")
-    )
+    known = column.unit in ("", "1", "bytes", "B", column.name)
+    known |= column.name.endswith("_" + column.unit.replace("/", "_per_"))
+    known |= column.unit == "accuracy" and "acc" in column.name.split("_")
     kernel = (kernels or {}).get(column.key)
     heading = f"{column.title}{'' if known else f' ({column.unit})'} {'↓' if column.better == 'lower' else '↑'}"
     return heading + (f" (kernel {kernel})" if kernel else "")
 
 
-def _narrow(heading: str, width: int) -> str:
-    """Broken before a unit, and between the words of a name where a line would be longer than `width`."""
+def _narrow(heading: str, width: int, joint: str = "") -> str:
+    """Broken before a unit, and between the words of a name where a line would be longer than `width`.
+
+    joint: what stands between words in place of their "_" or "."; "" leaves these.
+    """
     name, bracket, unit = heading.partition(" (")
     lines: list[str] = []
-    for word in re.split(r"[_.]" if width == 1 else r"(?<=[_.])", name):
-        if lines and len(lines[-1]) + len(word) <= width:
-            lines[-1] += word
+    for word in re.split(r"[_.]" if joint else r"(?<=[_.])", name):
+        if lines and len(lines[-1] + joint) + len(word.removesuffix(" ↓").removesuffix(" ↑")) <= width:
+            lines[-1] += joint + word
         else:
             lines.append(word)
     return "\n".join(lines) + (f"\n({unit}" if bracket else "")

@@ -111,6 +111,7 @@ def test_what_lies_far_below_stands_at_the_edge(trials: Trials) -> None:
     assert split_far([*near, 0.1]) == 0.9
     assert split_far([*near, 0.1, 0.2, 0.15]) == -math.inf  # that many are no outliers
     assert split_far([0.2, 0.4, 0.6, 0.8, 0.95]) == -math.inf
+    assert split_far([0.99, 0.991, 0.97, 0.93]) == split_far([1, 1, 1, 0.9957]) == -math.inf  # near is near
     assert split_far([0.5]) == split_far([]) == -math.inf
     for bits in (2.05, 3.05, 3.08):
         trials.add("rtn", bits, HARD + 0.15, HITS)

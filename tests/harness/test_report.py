@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,10 +24,12 @@ from evenbits.record import (
     Bits,
     BudgetFacts,
     Failure,
+    LayerFacts,
     Ledger,
     MetricFacts,
     ModelFacts,
     Record,
+    SampleFacts,
     write_record,
 )
 from evenbits.report import as_csv, as_json, as_markdown, as_terminal, gather, verdict, write_report
@@ -167,7 +171,8 @@ def test_verdict_gives_its_reason(store: Store) -> None:
         found = verdict(row(model, a), row(model, b), column)
         return found.outcome, found.reason
 
-    assert say("good", "bad") == ("better", "paired test on 100 items: p = 0.001")
+    assert say("good", "bad")[0] == "better"
+    assert re.fullmatch(r"paired test on 100 items: p (= 0\.00\d*|< 1e-06)", say("good", "bad")[1])
     assert say("bad", "good")[0] == "worse"
     assert say("good", "good")[0] == "not distinguishable"
     assert say("rich", "good") == ("not comparable", "rich is ahead with more bits (2.0400 against 2.0000)")
@@ -490,6 +495,121 @@ def test_headings_and_settings_give_way_to_names(store: Store) -> None:
     assert max(map(len, lines)) <= 120
     assert sum("llm-codebook" in line for line in lines) == 3
     assert any("winogrande_acc" in line for line in lines)
+
+
+def shown(table: Table, width: int) -> str:
+    target = io.StringIO()
+    as_terminal(table, Console(file=target, width=width, force_terminal=True, color_system=None))
+    return target.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_no_terminal_cuts_a_number(store: Store, width: int) -> None:
+    """Every number of the wide table stands in the narrow one too, whole."""
+    full(store)
+    accuracy = MetricFacts(
+        name="mean_acc", value=0.51234, low=0.41234, high=0.61234, unit="accuracy", better="higher", source="t",
+        fingerprint="f1",
+    )  # fmt: skip
+    for method, stages in (("awq", ()), ("awq", ("distill",)), ("a method of a very long name, not tuned", ())):
+        store.add(
+            method, 2.0, items=worse_by(0.3), metrics=[accuracy, cost(0.25)], options={"bits": 2, "note": "x" * 60},
+            recovery=stages, recovery_options=({},) * len(stages),
+        )  # fmt: skip
+    table = store.table()
+    text = shown(table, width)
+    assert max(map(len, text.splitlines())) <= width
+    for numbers in (r"(?<![\w.])\d+\.\d+x?(?![\w.])", r"[\d.]+ \[[\d.]+, [\d.]+\]"):
+        wide = set(re.findall(numbers, shown(table, 400)))
+        assert len(wide) > 3
+        assert wide <= set(re.findall(numbers, text))
+
+
+def test_rows_of_one_name_are_told_apart_on_every_sheet(store: Store) -> None:
+    """The dense model after two recoveries of one name, and a method with and without its recovery."""
+    tasks = [
+        MetricFacts(name=f"task{i}_acc", value=0.5, unit="accuracy", better="higher", source="t", fingerprint="f1")
+        for i in range(3)
+    ]
+    store.add("dense", items=HARD, metrics=tasks)
+    for loss in ("kl", "next"):
+        given: dict[str, Any] = {"recovery": ("distill",), "recovery_options": ({"loss": loss},)}
+        store.add("dense", 16.0, items=HARD, metrics=tasks, **given)
+    store.add("rtn", 2.0, items=worse_by(0.2), metrics=tasks)
+    store.add("rtn", 2.0, items=worse_by(0.1), metrics=tasks, recovery=("distill",), recovery_options=({"loss": "kl"},))
+    for sheet in shown(store.table(), 120).split("small: ")[1:4]:
+        lines = [line for line in sheet.split("\n*")[0].splitlines() if re.match(r" [^b].* (dense|rtn) ", line)]
+        words = [line.split("0.5000")[0] if "more" in sheet else line for line in lines]
+        assert len(words) == 5
+        assert len(set(words)) == 5
+        assert sum("distill" in word for word in words) == 3
+    markdown = as_markdown(store.table()).split("bits and bytes")[1].split("\n\n")[1]
+    assert markdown.splitlines()[0].startswith("| budget | method | settings | recovery | index |")
+
+
+def test_names_are_shown_as_they_are(store: Store, tmp_path: Path) -> None:
+    """rich's markup and emoji codes, mathtext, and the underscore with which matplotlib hides a label."""
+    names = ["[red]a[/] :bug:", "$\\frac{x}$", "$b_{$", "_hidden", "日本"]
+    store.add("dense", items=HARD)
+    for number, name in enumerate(names):
+        store.add("rtn", 2.0, items=worse_by(0.1 * number), label=name, options={"note": f"{name} [bold]"})
+        store.add("rtn", 2.4, items=worse_by(0.1 * number), label=name)
+    text = shown(store.table(), 200)
+    assert all(name in text for name in names)
+    pytest.importorskip("matplotlib")
+    for path in write_report(tmp_path, store.records, store.folders):
+        if path.suffix == ".svg":
+            found = path.read_text().replace("\u200b", "")
+            assert all(f">{name}" in found for name in names)
+
+
+def test_a_report_leaves_nothing_of_an_earlier_one(store: Store, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    full(store)
+    folder, mine = tmp_path / "report", {"mine.md", "notes-layers.md"}
+    folder.mkdir()
+    for name in ("pareto-small-gone.svg", "samples.md", *mine):
+        (folder / name).write_text("old")
+    written = write_report(folder, store.records, store.folders, table=store.table())
+    assert {path.name for path in folder.iterdir()} == {path.name for path in written} | mine
+
+
+def leaderboard() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "leaderboard.py"
+    spec = importlib.util.spec_from_file_location("leaderboard", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_leaderboard_has_every_page_and_picture(store: Store, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    layers = (LayerFacts(name="model.layers.0.mlp.up_proj", bits=2.0, error=0.1),)
+    samples = (SampleFacts(source="samples", prompt="A [b](c.md)", text=" d"),)
+    store.add("dense", items=HARD, samples=samples)
+    store.add("rtn", 2.0, items=worse_by(0.1), layers=layers, samples=samples)
+    written, folder = tmp_path / "report", tmp_path / "board"
+    write_report(written, store.records, store.folders)
+    folder.mkdir()
+    (folder / "stale.png").write_text("of an earlier report")
+    names = leaderboard().copy_report(written, folder, "A note.")
+    assert names == sorted(path.name for path in folder.iterdir())
+    assert {"report.md", "layers.md", "samples.md", "recovery-small.png", "layers-small-error.png"} <= set(names)
+    linked = [
+        target for page in folder.glob("*.md") for target in re.findall(r"(?<!\\)\]\(([^)]*)\)", page.read_text())
+    ]
+    assert set(linked) == set(names) - {"report.md"}
+    report = (folder / "report.md").read_text()
+    assert report.endswith("\n\nA note.\n")
+    assert "`layers.csv`" in report
+    for picture in folder.glob("*.png"):
+        assert picture.stat().st_size < (written / picture.name).stat().st_size
+    section = leaderboard().readme_section("x", "suites/x.toml", "all", report)
+    assert "(results/leaderboard/x/report.md)" in section
+    assert "![pareto-small-perplexity](results/leaderboard/x/pareto-small-perplexity.png)" in section
+    assert "| budget | method | linear | model | size | perplexity ↓ | vs dense |" in section
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def test_written_text_never_becomes_markup(tmp_path: Path) -> None:
 def test_names_stay_readable() -> None:
     assert plain("act_order bits=2 [low, high] ") == "act_order bits=2 [low, high]"
     assert plain("a|b *c* <i> `d` [x](y) _e_\nf") == "a\\|b \\*c\\* &lt;i> \\`d\\` [x]\\(y) \\_e\\_ f"
+    assert plain("$m$") == "\\$m\\$"  # no formula
     assert literal("a\u200db") == "a\u200db"
 
 

@@ -63,11 +63,7 @@ def _within(record: Record, bits: Bits) -> bool:
 def _cell(metrics: Sequence[tuple[MetricFacts, Path | None]], level: float, *, fixed: bool) -> Cell:
     values = tuple(metric.value for metric, _ in metrics)
     first, folder = metrics[0]
-    read = [
-        read_items(folder, metric) if folder is not None and metric.items and (folder / metric.items).exists() else None
-        for metric, folder in metrics
-    ]
-    arrays = [np.asarray(items, dtype=np.float64) for items in read if items is not None]
+    arrays = [found for metric, folder in metrics if (found := _items(metric, folder)) is not None]
     items: Floats | None = None
     transform: Statistic | None = None
     strata: tuple[int, ...] | None = None
@@ -78,9 +74,31 @@ def _cell(metrics: Sequence[tuple[MetricFacts, Path | None]], level: float, *, f
         comparable = np.isfinite(items).all() and not first.volatile
         transform = statistic_of(items[0], values[0]) if comparable else None
         strata, weights = _design(first, items.shape[1], folder)
-    cell = Cell(float(np.mean(values)), first.low, first.high, values, items, transform, strata, weights, fixed)
+    cell = Cell(
+        float(np.mean(values)),
+        first.low,
+        first.high,
+        values,
+        items,
+        transform,
+        strata,
+        weights,
+        fixed and not first.volatile,
+    )
     low, high = _limits(cell, first, level)
     return replace(cell, low=low, high=high)
+
+
+def _items(metric: MetricFacts, folder: Path | None) -> Floats | None:
+    """Per-item values; None where none were kept, or where records were copied without them."""
+    if folder is None or metric.items is None or not (folder / metric.items).exists():
+        return None
+    try:
+        return np.asarray(read_items(folder, metric), dtype=np.float64)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ArtifactError(
+            f"{folder / metric.items}: not per-item values ({error}); remove this record and run again"
+        ) from None
 
 
 def _limits(cell: Cell, metric: MetricFacts, level: float) -> tuple[float | None, float | None]:

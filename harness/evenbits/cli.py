@@ -26,10 +26,11 @@ app = typer.Typer(
 )
 WIDTH = 140  # where the output is no terminal: a table cut at 80 columns is of no use in a file
 
-out = Console(highlight=False)
+# in names such as a:b:c no word is to become a picture
+out = Console(highlight=False, emoji=False)
 if not out.is_terminal:
     out.width = WIDTH
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 SuitePath = Annotated[Path, typer.Argument(metavar="SUITE", help="path of a suite (*.toml)")]
 ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="results folder")]
@@ -194,10 +195,10 @@ def _write_report(store: Any, name: str, form: Format) -> None:
         as_terminal(table, out)
         folder = store.run_folder(name) / "report"
         try:
-            written = write_report(folder, records, folders)
+            written = write_report(folder, records, folders, table=table)
         except MissingExtra as error:
             err.print(f"[yellow]note[/] no plots: {escape(str(error))}", soft_wrap=True)
-            written = write_report(folder, records, folders, plots=False)
+            written = write_report(folder, records, folders, plots=False, table=table)
         for path in written:
             out.print(f"wrote {path}", soft_wrap=True)
 
@@ -234,8 +235,6 @@ def compare(
     from evenbits.named_trials import find_trials
     from evenbits.store import Results
 
-    if not 0 < level < 1:
-        raise SuiteError(f"--level {level:g}: a share between 0 and 1, such as 0.95")
     store = Results(results)
     found = compare_trials(find_trials(a, store), find_trials(b, store), metric or (), level)
     if form is CompareFormat.JSON:

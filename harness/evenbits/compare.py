@@ -19,6 +19,8 @@ from evenbits.statistics import PairedDifference
 from evenbits.tables import with_settings
 from evenbits.verdict import Verdict, run_test, verdict
 
+MOST_LEVEL = 0.999  # beyond it percentiles take more resamples than a command should wait for
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -55,8 +57,11 @@ class Comparison:
 def compare(a: Named, b: Named, metrics: Sequence[str] = (), level: float = 0.95) -> Comparison:
     """All metrics that both have, or those named; qualities first.
 
-    Raises SuiteError when none can be compared (with the reasons), and for a metric that neither has.
+    Raises SuiteError when none can be compared (with the reasons), for a metric that neither has, and for a level that
+    resampling cannot give.
     """
+    if not 0.5 <= level <= MOST_LEVEL:
+        raise SuiteError(f"--level {level:g}: a share between 0.5 and {MOST_LEVEL:g}, such as 0.95")
     rows = [join_seeds(side.records, side.folders, level) for side in (a, b)]
     row_a, row_b = with_settings(rows)
     names = list(dict.fromkeys(m.name for side in (a, b) for record in side.records for m in record.metrics))
@@ -65,7 +70,7 @@ def compare(a: Named, b: Named, metrics: Sequence[str] = (), level: float = 0.95
             raise SuiteError(f"--metric {metric}: neither {a.name} nor {b.name} has it{near_names(metric, names)}")
     compared: list[Compared] = []
     refused: list[Refused] = []
-    for name in metrics or names:
+    for name in dict.fromkeys(metrics or names):
         columns = [_columns(side.records, name) for side in (a, b)]
         common = [column for key, column in columns[0].items() if key in columns[1]]
         compared += [_compared(row_a, row_b, column, (a, b), level) for column in common]
@@ -75,6 +80,7 @@ def compare(a: Named, b: Named, metrics: Sequence[str] = (), level: float = 0.95
         raise SuiteError(f"{a.name} and {b.name} have no number to compare: {_reasons(refused)}")
     compared.sort(key=lambda one: not one.column.quality)
     notes = list(_restored(compared, a, b))
+    notes += list(_without_items((a, b)))
     notes += [f"{side.name}: seed {r.seed} {r.status}: {why(r)}" for side in (a, b) for r in side.left_out]
     return Comparison(row_a, row_b, level, tuple(compared), tuple(refused), tuple(notes))
 
@@ -103,6 +109,16 @@ def _restored(compared: Sequence[Compared], a: Named, b: Named) -> Iterator[str]
             f"{', '.join(names)}: both ran on weights restored to dense ones, so what these differ by is not what "
             "the methods' own kernels would"
         )
+
+
+def _without_items(sides: Sequence[Named]) -> Iterator[str]:
+    """A record copied without the files beside it is compared by its intervals, which tells less."""
+    for side in sides:
+        for record in side.records:
+            folder = side.folders.get(record.trial)
+            gone = [m.name for m in record.metrics if m.items and folder and not (folder / m.items).exists()]
+            if gone:
+                yield f"{side.name}: seed {record.seed}: per-item values of {some_of(gone)} are missing in {folder}"
 
 
 def _dense_cell(side: Named, column: Column, level: float) -> Cell | None:

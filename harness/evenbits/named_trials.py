@@ -40,26 +40,37 @@ def find_trials(name: str, store: Results) -> Named:
     SUITE[.toml]:[MODEL:]LABEL[+STAGE...][@BUDGET][/SEED], without a seed all of a row's seeds together.
     Raises SuiteError, naming what is near or what matches, unless it stands for records of one row that are done.
     """
-    path = Path(name)
-    if path.name == "record.json" and path.is_file():
-        return _of_folders(name, [path.parent])
-    if (path / "record.json").is_file():
-        return _of_folders(name, [path])
+    if (folder := _folder(Path(name))) is not None:
+        return _of_folders(name, [folder])
     store.check_schema()
     if ":" in name:
         return _of_suite(name, store)
     folders = sorted(found.parent for found in store.root.glob("runs/*/*/record.json"))
     if re.fullmatch(r"[0-9a-z]+", name):
-        matching = {folder.name: folder for folder in folders if folder.name.startswith(name)}
+        matching = [folder for folder in folders if folder.name.startswith(name)]
+        ids = sorted({folder.name for folder in matching})
+        if len(ids) > 1:
+            raise SuiteError(f"{name}: several trials begin so: {some_of(ids)}; give more of the id")
         if len(matching) > 1:
-            raise SuiteError(f"{name}: several trials begin so: {some_of(sorted(matching))}; give more of the id")
+            runs = some_of([folder.parent.name for folder in matching])
+            raise SuiteError(f"{name}: it is in the runs of {runs}; give SUITE:LABEL or a path")
         if matching:
-            return _of_folders(name, list(matching.values()))
+            return _of_folders(name, matching)
     near = near_names(name, [folder.name for folder in folders])
     raise SuiteError(
         f"{name}: no trial of this id in {store.root}{near}; give an id, the path of a record.json, or "
         "SUITE.toml:LABEL[@BUDGET][/SEED]"
     )
+
+
+def _folder(path: Path) -> Path | None:
+    """The folder of a record that a path names."""
+    try:
+        if path.name == "record.json" and path.is_file():
+            return path.parent
+        return path if (path / "record.json").is_file() else None
+    except OSError:
+        return None  # no name of a file, too long: what else it may be is seen later
 
 
 def _of_folders(name: str, folders: Sequence[Path]) -> Named:

@@ -28,7 +28,7 @@ GAP = 2  # between columns, and one at each end of a line
 
 LEGEND = (
     "* best of its budget and recovery stage; ~ not distinguishable from it (paired test on the same items, p > 0.05 "
-    "adjusted for the number of rows); "
+    "adjusted for the best being picked among all rows); "
     "- another is better at no more bits and with the same calibration tokens; "
     "no mark: behind only methods with more bits or other calibration tokens, alone in its stage, or not testable.",
     "[low, high] is a 95 % interval: over items, and over seeds too where several differ; of a cost with several seeds "

@@ -52,7 +52,7 @@ class Cell:
     low, high: one seed, or all alike: the record's own interval, over items. Several seeds of a quality: the interval
     of their mean, from the variance of seeds and of items. Several of a cost: the smallest and the largest.
     items: (seeds, items) or None where a seed keeps none; transform: how items make the value. strata, weights: as in
-    `evenbits.statistics`. fixed: the dense model's, which no seed changes.
+    `evenbits.statistics`. fixed: the dense model's, which no seed changes (but a time is measured anew).
     """
 
     value: float

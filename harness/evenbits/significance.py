@@ -3,12 +3,12 @@
 One seed each, right or wrong items: McNemar's exact test. One seed each, other items: the paired bootstrap. Several
 seeds: a t test that counts both sources of chance, seeds and items, as neither alone says how sure a difference is.
 Simulated with equal methods (150 items, seeds that scatter 2.5 times the standard error over items): at 5 % it raises
-a false alarm in 5 % of cases with two or three seeds, where a paired test on the seeds' mean does in 65 %, and the same
-with ranges that must not overlap in 33 % (two seeds) and 9 % (three). The range of three seeds holds the true mean in
-70 % of cases, the interval here in 94 %.
+a false alarm in 2 to 6 % of cases with one to five seeds a side, where a paired test on the seeds' mean does in 65 %,
+and ranges that must not overlap in 33 % (two seeds) and 9 % (three). The range of three seeds holds the true mean in
+70 % of cases, the interval here in 97 %.
 Imports numpy alone; scipy inside functions.
 Source: McNemar, Psychometrika 12 (1947); Welch, Biometrika 34 (1947) and Satterthwaite, Biometrics Bulletin 2 (1946)
-for the degrees of freedom of a sum of variances; Holm, Scandinavian Journal of Statistics 6 (1979).
+for the degrees of freedom of a sum of variances; Cochran, Biometrics 20 (1964), for seeds and items together.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from evenbits.statistics import (
     paired_difference,
     recovery_interval,
     statistic_value,
+    variance_of_mean,
 )
 
 
@@ -75,20 +76,35 @@ def difference(a: Sampled, b: Sampled, level: float = 0.95, resamples: int = 200
     Both sides keep the same items with the same transform, or are compared by seeds alone.
     """
     if a.settled and b.settled and a.items is not None and b.items is not None and a.transform is not None:
-        x, y = a.items[0], b.items[0]
-        found = paired_difference(x, y, a.transform, level, resamples, seed, a.strata, a.weights)
-        # a mean over tasks weighs its items, and is no count of right answers even where all tasks have as many
-        plain = a.weights is None and a.strata is None and a.transform == "mean" and len(x) > 1
-        if plain and _is_binary(x) and _is_binary(y):
-            only_a, only_b, p_value = exact_mcnemar(x, y)
-            return replace(found, p_value=p_value, test="exact McNemar", discordant=(only_a, only_b))
-        return found
+        found = paired_difference(a.items[0], b.items[0], a.transform, level, resamples, seed, a.strata, a.weights)
+        counted = _mcnemar(a, b)
+        if counted is None:
+            return found
+        only_a, only_b, p_value = counted
+        return replace(found, p_value=p_value, test="exact McNemar", discordant=(only_a, only_b))
     scale, parts = _variance(a, b)
     centre = float(a.values.mean() - b.values.mean())
     items = 0 if a.items is None or b.items is None else a.items.shape[1]
     low, high, p_value = _t_limits(centre / scale, parts, level)
     test = "t test over seeds and items" if items else "t test over seeds"
     return PairedDifference(centre, scale * low, scale * high, p_value, items, test)
+
+
+def p_value_of(a: Sampled, b: Sampled) -> float:
+    """That of `difference`, without the resampling that its interval needs where the test needs none."""
+    counted = _mcnemar(a, b) if a.settled and b.settled else None
+    return difference(a, b).p_value if counted is None else counted[2]
+
+
+def _mcnemar(a: Sampled, b: Sampled) -> tuple[int, int, float] | None:
+    """`exact_mcnemar` of a single seed's items; None where these are no right and wrong answers to count."""
+    if a.items is None or b.items is None or a.items.shape[1] < 2:
+        return None
+    # a mean over tasks weighs its items, and is no count of right answers even where all tasks have as many
+    plain = a.weights is None and a.strata is None and a.transform == "mean"
+    return (
+        exact_mcnemar(a.items[0], b.items[0]) if plain and _is_binary(a.items[0]) and _is_binary(b.items[0]) else None
+    )
 
 
 def interval(one: Sampled, level: float = 0.95) -> tuple[float, float] | None:
@@ -102,8 +118,7 @@ def interval(one: Sampled, level: float = 0.95) -> tuple[float, float] | None:
     centre = float(one.values.mean())
     low, high, _ = _t_limits(centre / scale, parts, level)
     if one.transform == "exp-mean":
-        part = scale * (high - low) / 2 / centre
-        return centre * math.exp(-part), centre * math.exp(min(part, 700.0))
+        return _on_log_scale(centre, scale * (high - low) / 2)
     return scale * low, scale * high
 
 
@@ -140,18 +155,36 @@ def recovery(a: Sampled, dense: Sampled, level: float = 0.95) -> tuple[float, fl
         scale, parts = _variance(a, dense, times_b=value)
         low, high, _ = _t_limits(value * base / scale, parts, level)
         low, high = low * scale / base, high * scale / base
+        if a.transform == "exp-mean":  # a ratio of perplexities is above zero
+            low, high = _on_log_scale(value, (high - low) / 2)
     return (value, low, high) if math.isfinite(low) and math.isfinite(high) else (value, None, None)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted so that among all of them the chance of any false alarm stays at the level each is read at."""
+def against_best(p_values: Sequence[float]) -> list[float]:
+    """p-values of the best of k methods against each other one, best first, adjusted so that the chance of any false
+    alarm among them stays at the level that each is read at. NaN (not tested) stays, and counts for none.
+
+    The best was picked by its number, so that it against the r-th is the widest of r (r - 1) / 2 differences: in a
+    stretch of r methods each is held to its share r / k of the level, and none is told apart within a stretch that is
+    not. Adjusting for k - 1 comparisons (Holm) is not enough: simulated with equal methods, a false alarm in 18 % of
+    sections of ten and 24 % of twenty.
+    Source: Ryan, Psychological Bulletin 57 (1960), with Einot's and Gabriel's condition on stretches, Biometrika 62
+    (1975).
+    """
     adjusted = [math.nan] * len(p_values)
-    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
-    largest = 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[index]))
+    tested = [i for i, p in enumerate(p_values) if not math.isnan(p)]
+    largest, k = 0.0, len(tested) + 1
+    for rank in range(k, 1, -1):  # the widest stretch first
+        index = tested[rank - 2]
+        largest = max(largest, min(1.0, p_values[index] * k * (rank - 1) / 2))
         adjusted[index] = largest
     return adjusted
+
+
+def _on_log_scale(centre: float, half: float) -> tuple[float, float]:
+    """Limits of a positive number whose logarithm is known within half / centre."""
+    part = half / centre
+    return centre * math.exp(-part), centre * math.exp(min(part, 700.0))
 
 
 def _is_binary(items: Floats) -> bool:
@@ -179,9 +212,10 @@ def _variance(a: Sampled, b: Sampled | None, times_b: float = 1.0) -> tuple[floa
         parts = [(variance / n, df) for (variance, df), n in zip(known, counts, strict=True)]
         # one estimate used for both sides is one part
         parts = [(parts[0][0] + known[0][0], known[0][1])] if varying else parts
+        parts = [_satterthwaite(parts)] if parts else []
     if all(side.items is not None and side.transform is not None for side, _ in sides):
         pull = np.sum([times * sign * _pull(side) for (side, times), sign in zip(sides, (1, -1), strict=False)], axis=0)
-        parts.append(_of_mean(pull / scale, check_strata(a.strata, len(pull))))
+        parts.append(variance_of_mean(pull / scale, check_strata(a.strata, len(pull))))
     return scale, parts
 
 
@@ -196,18 +230,19 @@ def _pull(side: Sampled) -> Floats:
     return np.asarray(((slope if side.transform == "exp-mean" else 1.0) * (side.items - means * share)).mean(axis=0))
 
 
-def _of_mean(pull: Floats, groups: Sequence[int]) -> tuple[float, float]:
-    """(variance of the mean of items drawn within their groups, its degrees of freedom); NaN for a group of one."""
-    variance, start, n = 0.0, 0, len(pull)
-    for size in groups:
-        part = pull[start : start + size]
-        variance += (size / n) ** 2 * (float(part.var(ddof=1)) / size if size > 1 else math.nan)
-        start += size
-    return variance, n - len(groups)
+def _satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The sum of variances as one, with its degrees of freedom."""
+    total = math.fsum(variance for variance, _ in parts)
+    below = math.fsum(variance**2 / df for variance, df in parts)
+    return total, total**2 / below if below > 0 else parts[0][1]
 
 
 def _t_limits(centre: float, parts: Sequence[tuple[float, float]], level: float) -> tuple[float, float, float]:
-    """(low, high, two-sided p of 0) for a centre with these independent parts of variance; NaN where one is unknown."""
+    """(low, high, two-sided p of 0) for a centre with these independent parts of variance; NaN where one is unknown.
+
+    Tails are those of each part's t, weighed by variance, as Cochran weighs critical values. One t with Satterthwaite's
+    degrees of freedom, known from two or three seeds, is too narrow: simulated false alarms of 8 to 13 % at 5 %.
+    """
     from scipy.special import stdtr, stdtrit
 
     if not 0 < level < 1:
@@ -217,7 +252,17 @@ def _t_limits(centre: float, parts: Sequence[tuple[float, float]], level: float)
         return math.nan, math.nan, math.nan
     if total == 0:
         return centre, centre, 1.0 if centre == 0 else 0.0
-    freedom = total**2 / math.fsum(variance**2 / df for variance, df in parts if variance > 0)
+    known = [(variance / total, df) for variance, df in parts if variance > 0]
+
+    def tails(t: float) -> float:
+        return 2 * math.fsum(share * float(stdtr(df, -t)) for share, df in known)
+
+    limits = [float(stdtrit(df, (1 + level) / 2)) for _, df in known]
+    low, high = min(limits), max(limits)
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if tails(middle) > 1 - level else (low, middle)
     error = math.sqrt(total)
-    half = float(stdtrit(freedom, (1 + level) / 2)) * error
-    return centre - half, centre + half, 2 * float(stdtr(freedom, -abs(centre) / error))
+    return centre - high * error, centre + high * error, tails(abs(centre) / error)

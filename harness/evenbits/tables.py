@@ -41,6 +41,7 @@ class ModelTable:
     sections: tuple[Section, ...]
     skipped: tuple[Record, ...]
     failed: tuple[Record, ...]
+    _found: dict[tuple[Any, ...], Recovered | None] = field(default_factory=dict, repr=False, compare=False)
 
     def against_dense(self, row: Row, column: Column) -> float | None:
         """Recovery: the row's number over the dense model's, under the same protocol."""
@@ -49,8 +50,11 @@ class ModelTable:
 
     def recovery(self, row: Row, column: Column, level: float = 0.95) -> Recovered | None:
         """`against_dense` with its interval: both resampled by the same items, several seeds counted in."""
-        cells = self._beside_dense(row, column)
-        return None if cells is None else recovered(*cells, level)
+        key = tuple(record.trial for record in row.records), column.key, level
+        if key not in self._found:  # asked for by every table and plot of a report
+            cells = self._beside_dense(row, column)
+            self._found[key] = None if cells is None else recovered(*cells, level)
+        return self._found[key]
 
     def _beside_dense(self, row: Row, column: Column) -> tuple[Cell, Cell] | None:
         base = next((r for r in self.dense if not r.recovery), None)

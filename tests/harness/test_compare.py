@@ -124,8 +124,9 @@ def test_costs_are_compared_where_the_same_was_metered(trials: Trials) -> None:
         return cost("energy", joules, "J", volatile=True, low=joules - 1, high=joules + 1)
 
     meter = {"meter": "RAPL", "kernel": "dense-restored"}
-    trials.add("a", energy(10.0), cost("size", 5.0), protocol=meter)
-    trials.add("b", energy(20.0), cost("size", 5.0), protocol=meter, linear=2.04)
+    for seed in range(3):
+        trials.add("a", energy(10.0 + 0.1 * seed), cost("size", 5.0), protocol=meter, seed=seed)
+        trials.add("b", energy(20.0 + 0.1 * seed), cost("size", 5.0), protocol=meter, linear=2.04, seed=seed)
     trials.add("c", energy(10.0), cost("size", 5.0), protocol={**meter, "meter": "NVML"})
     found = versus(trials, "tests:b", "tests:a")
     assert {one.column.name: verdict_words(one) for one in found.metrics} == {
@@ -138,6 +139,19 @@ def test_costs_are_compared_where_the_same_was_metered(trials: Trials) -> None:
     )
     with pytest.raises(SuiteError, match=r"energy: different protocols: meter \(RAPL against NVML\)"):
         versus(trials, "tests:a", "tests:c", metrics=["energy"])
+
+
+def test_a_time_of_one_process_is_no_faster(trials: Trials) -> None:
+    """The repeats of one process agree with each other more than processes do; the dense model's time is one too."""
+    for name in ("a", "b"):
+        trials.add(name, cost("latency", 10.0 if name == "a" else 12.0, "ms", volatile=True, low=9.9, high=12.1))
+    trials.add("dense", cost("latency", 20.0, "ms", volatile=True, low=19.0, high=21.0))
+    trials.add("many", cost("latency", 9.0, "ms", volatile=True))
+    trials.add("many", cost("latency", 9.1, "ms", volatile=True), seed=1)
+    for one, other in (("a", "b"), ("a", "dense"), ("many", "dense")):
+        (metric,) = versus(trials, f"tests:{one}", f"tests:{other}").metrics
+        assert verdict_words(metric).startswith("not comparable: one process on a side")
+        assert metric.difference is None
 
 
 def test_other_protocols_are_refused_by_field_beside_what_is_compared(trials: Trials) -> None:
@@ -196,6 +210,10 @@ def test_what_matches_several_is_listed(trials: Trials) -> None:
         find_trials("tests:gptq", trials.store)
     with pytest.raises(SuiteError, match=r"several trials begin so: aa1, aa2; give more"):
         find_trials("aa", trials.store)
+    elsewhere = Trials(trials.store.root, "second")
+    elsewhere.add("gptq", perplexity(HARD), trial="aa1")
+    with pytest.raises(SuiteError, match=r"aa1: it is in the runs of second, tests; give SUITE:LABEL or a path"):
+        find_trials("aa1", trials.store)
     other = trials.records[0].model.model_copy(update={"name": "other"})
     trials.add("gptq", perplexity(HARD), model=other)
     with pytest.raises(SuiteError, match=r"several match: tests:small:gptq@2, tests:other:gptq@2; give one"):
@@ -214,6 +232,13 @@ def test_unknown_names_say_what_is_near(trials: Trials, tmp_path: Path) -> None:
         (str(tmp_path / "none.toml:gptq"), "cannot be read"),
         (str(tmp_path / "bad.toml:gptq"), "is not a suite's name"),
         ("what is this?", "no trial of this id"),
+        ("a" * 5000, "no trial of this id"),
+        (f"{'a' * 5000}.toml:b", "cannot be read"),
+        (f"{'a' * 5000}:b", "no run of suite"),
+        ("tests:gptq@two", "no 'gptq@two'"),
+        ("tests:gptq/7", "no 'gptq/7'"),
+        ("", "no trial of this id"),
+        (":", "no run of suite ''"),
     ):
         with pytest.raises(SuiteError, match=said) as caught:
             find_trials(name, trials.store)
@@ -302,13 +327,36 @@ def test_the_command(evenbits: Any, trials: Trials) -> None:
     assert wrong.returncode == 2
     assert len(wrong.stderr.strip().splitlines()) == 1
     assert "perplexity: different protocols: context (2048 against 512)" in wrong.stderr
+    coloned = evenbits("compare", "x:b", "x:b:y", *where)
+    assert "error x:b: no run of suite 'x'" in coloned.stderr  # no picture in place of ":b:"
 
 
-def test_a_level_is_a_share(trials: Trials) -> None:
-    from evenbits import cli
+@pytest.mark.parametrize("level", [95.0, 1.0, 0.0, 0.9999, math.nan, -math.inf])
+def test_a_level_is_a_share(trials: Trials, level: float) -> None:
+    trials.add("a", perplexity(HARD))
+    with pytest.raises(SuiteError, match=f"--level {level:g}: a share between 0.5 and 0.999, such as 0.95"):
+        versus(trials, "tests:a", "tests:a", level=level)
 
-    with pytest.raises(SuiteError, match="--level 95: a share between 0 and 1"):
-        cli.compare("a", "b", trials.store.root, level=95)
+
+def test_a_metric_named_twice_is_shown_once(trials: Trials) -> None:
+    trials.add("a", perplexity(HARD), accuracy(RIGHT))
+    assert len(versus(trials, "tests:a", "tests:a", metrics=["acc", "acc"]).metrics) == 1
+
+
+def test_missing_items_are_said_and_damaged_ones_are_one_line(trials: Trials) -> None:
+    """Without its items a record is compared by its interval, which tells less: the reader hears of it."""
+    a, _ = (trials.add(name, perplexity(worse_by(0.1))) for name in ("a", "b"))
+    items = trials.folders[a.trial] / "items-perplexity.npy"
+    whole = items.read_bytes()
+    for damaged in (b"", b"no numpy", whole[: len(whole) // 2]):
+        items.write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=r"items-perplexity\.npy: not per-item values") as caught:
+            versus(trials, "tests:a", "tests:b")
+        assert one_line(str(caught.value))
+    items.unlink()
+    found = versus(trials, "tests:a", "tests:b")
+    assert found.notes == (f"tests:a: seed 0: per-item values of perplexity are missing in {items.parent}",)
+    assert found.metrics[0].verdict.reason == "by intervals, no common per-item values"
 
 
 def test_after_a_real_run(here: Any, suites: Any) -> None:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from evenbits import statistics
 from evenbits.statistics import (
@@ -57,7 +58,7 @@ def test_pairing_finds_what_separate_intervals_hide() -> None:
     assert bootstrap_interval(a)[1] > bootstrap_interval(b)[0]  # the intervals overlap
     found = paired_difference(a, b, "exp-mean")
     assert found.low < found.difference < found.high < 0
-    assert found.p_value == pytest.approx(2 / 2001)
+    assert found.p_value == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)  # no resample lies on the other side
     assert not indistinguishable(a, b, "exp-mean")
     assert paired_difference(b, a, "exp-mean").difference == -found.difference
 
@@ -75,6 +76,55 @@ def test_false_alarms_come_at_the_level_asked_for() -> None:
         not indistinguishable(rng.normal(size=80), rng.normal(size=80), "mean", 0.95, 400, seed) for seed in range(300)
     )
     assert 5 <= alarms <= 32  # 15 expected, standard deviation 3.8; the bootstrap errs a little upwards
+
+
+@pytest.mark.parametrize("count", [2, 5, 12, 20])
+def test_few_items_raise_no_more_false_alarms_and_their_intervals_are_as_sure(count: int) -> None:
+    """Plain percentiles: 49, 15, 10 and 8 % false alarms, and as much less coverage."""
+    rng = np.random.default_rng(count)
+    alarms = hits = of_pair = 0
+    for seed in range(300):
+        a, b = rng.normal(2.0, 0.5, (2, count))
+        found = paired_difference(a, b, "exp-mean", resamples=500, seed=seed)
+        alarms += found.p_value <= 0.05
+        of_pair += found.low <= 0 <= found.high
+        low, high = bootstrap_interval(a, "exp-mean", resamples=500, seed=seed)
+        hits += low <= math.exp(2.0) <= high
+    assert alarms <= 27  # 15 expected, standard deviation 3.8
+    assert min(hits, of_pair) >= 265  # 285 expected; two items alone give a little less
+
+
+def test_few_items_get_scipys_paired_t_test() -> None:
+    a, b = np.random.default_rng(20).normal(2.0, 0.5, (2, 12))
+    found = paired_difference(a, b)
+    assert found.test == "paired t test"
+    assert found.p_value == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
+    assert paired_difference(np.tile(a, 9), np.tile(b, 9)).test == "paired bootstrap"
+    assert paired_difference(a + 1, a).p_value == pytest.approx(2 * 0.5**12)  # all differ alike: the sign test
+
+
+def test_a_high_level_takes_more_resamples() -> None:
+    """The 0.1 % at the ends of 2000 resamples would be the extremes of these."""
+    items = np.random.default_rng(21).normal(size=1000)
+    low, high = bootstrap_interval(items, level=0.999)
+    half = scipy.stats.norm.ppf(0.9995) * items.std() / math.sqrt(len(items))
+    assert (low, high) == pytest.approx((items.mean() - half, items.mean() + half), abs=0.08 * half)
+
+
+def test_groups_of_one_item_tell_nothing() -> None:
+    assert all(map(math.isnan, bootstrap_interval([0.0, 2.0, 5.0], strata=[1, 1, 1])))
+    found = paired_difference([0.0, 2.0, 5.0], [1.0, 3.0, 7.0], strata=[1, 1, 1])
+    assert found.difference == pytest.approx(-4 / 3)
+    assert all(map(math.isnan, (found.low, found.high, found.p_value)))
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 20), (3, 20), (460, 460), (437, 440)])
+def test_a_share_of_right_answers_has_wilsons_interval(right: int, n: int) -> None:
+    """All right is no proof that all would be: resampled, they have no interval at all."""
+    items = np.repeat([1.0, 0.0], [right, n - right])
+    expected = scipy.stats.binomtest(right, n).proportion_ci(0.9, method="wilson")
+    assert bootstrap_interval(items, level=0.9) == pytest.approx((expected.low, expected.high))
+    assert bootstrap_interval(items)[0] < 1
 
 
 def test_one_pair_decides_nothing() -> None:

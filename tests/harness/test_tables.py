@@ -12,6 +12,7 @@ from tests.harness.trials import PROTOCOL, Trials, accuracy, cost, perplexity
 
 from evenbits.cells import join_seeds
 from evenbits.errors import ArtifactError
+from evenbits.record import BudgetFacts
 from evenbits.rows import Cell, Row
 from evenbits.significance import exact_mcnemar, recovery
 from evenbits.statistics import bootstrap_interval, paired_difference
@@ -178,7 +179,8 @@ def test_a_mean_over_tasks_is_resampled_within_its_tasks(trials: Trials) -> None
     found = verdict(row(model, "good"), row(model, "bad"), model.columns[0])
     expected = paired_difference(better, base, strata=(50, 50)).p_value
     assert found.outcome == "better"
-    assert found.reason == f"paired test on 100 items: p = {expected:.3g}"
+    assert expected < 1e-6
+    assert found.reason == "paired test on 100 items: p < 1e-06"
     assert paired_difference(better, base).p_value > 0.5
 
 
@@ -236,6 +238,44 @@ def test_marks_allow_for_how_many_are_compared_with_the_best(trials: Trials) -> 
     assert marks(model)["near"] == "~"
     assert verdict(row(model, "best"), row(model, "near"), model.columns[0]).outcome == "better"
     assert marks(model)["other7"] in ("~", "-")
+
+
+def test_another_row_than_the_best_is_better_only_beyond_what_a_crowd_brings(trials: Trials) -> None:
+    """The best has more bits; among thirty that are equal some pair always has p < 0.05."""
+    rng = np.random.default_rng(5)
+    trials.add("rich", perplexity(HARD - 1.0), linear=2.04)
+    for number in range(30):
+        trials.add(f"m{number}", perplexity(worse_by(0.0) + rng.normal(0.0, 0.05, len(HARD))))
+    trials.add("bad", perplexity(worse_by(0.3)))
+    model = table(trials)
+    column = model.columns[0]
+    pairs = [verdict(row(model, "m0"), row(model, f"m{n}"), column).outcome for n in range(1, 30)]
+    assert {"better", "worse"} & set(pairs)
+    found = marks(model)
+    assert (found.pop("rich"), found.pop("bad")) == ("*", "-")
+    assert set(found.values()) == {""}  # behind the best, which may not be called better, and no one else
+
+
+def test_a_row_without_a_budget_is_held_to_the_same_bits(trials: Trials) -> None:
+    """Model bits against model bits: 32 of the linear layers are no more than 33 of the model."""
+    on_model = BudgetFacts(centre=5.0, window=5.0, on="model")
+    trials.add("budgeted", perplexity(worse_by(0.3)), budget=on_model, linear=3.0)
+    trials.add("free", perplexity(worse_by(0.1)), budget=None, linear=3.01)
+    model = table(trials)
+    budgeted, free = row(model, "budgeted"), row(model, "free")
+    assert free.bits.linear < budgeted.bits.model  # what must not be compared
+    found = verdict(free, budgeted, model.columns[0])
+    assert found.reason == f"free is ahead with more bits ({free.bits.model:.4f} against {budgeted.bits.model:.4f})"
+
+
+def test_seeds_that_change_nothing_prove_nothing_without_items(trials: Trials) -> None:
+    for seed in range(2):
+        for name, value in (("a", 5.0), ("b", 5.1)):
+            metric = perplexity(HARD, value=value, low=0.98 * value, high=1.02 * value)[0]
+            trials.add(name, (metric, None), seed=seed)
+    model = table(trials)
+    found = verdict(row(model, "a"), row(model, "b"), model.columns[0])
+    assert (found.outcome, found.reason) == ("not distinguishable", "by intervals, no common per-item values")
 
 
 def test_a_crowd_does_not_hide_what_is_clear(trials: Trials) -> None:

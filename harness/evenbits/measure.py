@@ -145,6 +145,7 @@ class Evaluator:
     files    other local files it reads; the plan hashes them
     location the options that only say where those files are
     preload  modules that are slow to import: the fork server loads them once for all children
+    libraries distributions whose version may change a number, beside those that every trial depends on
     """
 
     name: str
@@ -155,6 +156,7 @@ class Evaluator:
     files: Callable[[Any], Sequence[Path]] = lambda options: ()
     location: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,8 @@ class Planner:
         given = checked.model_dump(mode="json", exclude_unset=True, exclude=set(evaluator.location) if files else None)
         options = {key: value for key, value in given.items() if value not in references}
         texts = [self._text(reference) for reference in references]
-        return {**asdict(stage), "options": options, "texts": texts, "files": files}
+        libraries = {name: package_version(name) for name in evaluator.libraries}
+        return {**asdict(stage), "options": options, "texts": texts, "files": files, "libraries": libraries}
 
     def calibration(self, seed: int) -> dict[str, Any] | None:
         """The calibration table, and the seed that its samples are drawn with."""

@@ -30,6 +30,7 @@ def provide_evaluators() -> Sequence[Evaluator]:
             make=_make,
             files=task_files,
             location=("data", "folder"),
+            libraries=("lm-eval", "datasets"),
             preload=("lm_eval.models.huggingface", "lm_eval.tasks", "datasets"),
         )
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NO_GOLD = -1  # several right answers, or a target that is no choice
+NO_GOLD = -1  # several right answers, or nothing to choose from
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ChoiceScores:
 
     item: (n,) S16, the first 16 hex digits of the sha256 of its content (lm-eval's `doc_hash`)
     gold: (n,) int16, the right choice, or NO_GOLD
-    choices: (n,) int16, how many it has; 1 where a text is scored by itself (LAMBADA)
+    choices: (n,) int16, how many it has; 1 where a text is scored by itself (LAMBADA), whose acc is `greedy`
     log_likelihood: (m,) float32 or float64, nats, summed over the continuation's tokens
     greedy: (m,) bool, whether greedy decoding would write it
     tokens, context_tokens: (m,) int32, of the continuation and of what stands before it
@@ -61,7 +61,7 @@ class ChoiceScores:
 
     def _right(self, chosen: NDArray[np.int64]) -> NDArray[np.float64]:
         if (self.gold == NO_GOLD).any():
-            raise ValueError("not every item has one right choice")
+            raise ValueError("not every item has one right choice among several")
         return np.asarray(chosen == self.gold, dtype=np.float64)
 
     def to_bytes(self) -> bytes:

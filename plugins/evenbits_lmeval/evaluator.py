@@ -11,20 +11,34 @@ from evenbits.errors import MissingExtra, SuiteError, TrialFailed
 from evenbits.measure import Measurement, Remark, Subject
 from evenbits.sampling import tokenizer_identity
 from evenbits_lmeval.loading import Loaded, loaded_tasks
-from evenbits_lmeval.metrics import Part, choice_scores, columns, joint_protocol, mean_of, measured
+from evenbits_lmeval.metrics import (
+    Column,
+    Part,
+    Whole,
+    choice_scores,
+    columns,
+    joint_protocol,
+    mean_of,
+    measured,
+    without_items,
+)
 from evenbits_lmeval.options import ADD_BOS, ERAS, FEW_SHOT_SEED, LmEvalOptions
 from evenbits_lmeval.scoring import Items, build, score
-from evenbits_lmeval.sets import KNOWN_ROWS
+from evenbits_lmeval.sets import BLIMP, PARADIGMS
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a scored run knows beside its items. fronts: by task, what stands in front of its first request."""
+    """What a scored run knows beside its items.
+
+    fronts: by task, what stands in front of its first request. softmax: the dtype in which logits were normalised.
+    """
 
     facts: Mapping[str, Any]
     fronts: Mapping[str, str | None]
     scored_by: Mapping[str, Any]
     max_length: int
+    softmax: str
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,8 @@ class LmEvalEvaluator:
         A task's are called "TASK_METRIC" ("piqa_acc"); their items stand in the task's order. Of a group, what lm-eval
         states for it: the mean over its tasks (of subgroups too), each counting alike, or by its items where the group
         says so; a group or tag without such a statement has only its tasks' metrics. Accuracies are shares of 1, higher
-        is better. low, high: 95 % percentile bootstrap over items, for means within each task.
+        is better. low, high: 95 % bootstrap over items, for means within each task. A metric that is no statistic of
+        single items (F1, correlations) has neither items nor an interval.
         A group's tasks are metrics of their own with the option `members`, else in the details of its figure ("tasks").
         The first measurement of a task, or of its group, holds the attachment choices-TASK.npz (see `ChoiceScores`).
         details: items; the scorer's path, its reason where lm-eval's own way was taken, its batches; truncated_items
@@ -63,14 +78,17 @@ class LmEvalEvaluator:
             self._check_means(loaded)
             built = [build(name, task, self.options) for name, task in loaded.tasks.items()]
             run = self._answer(subject, built)
-            return [*self._measurements(loaded, built, run), *self._remarks(built, run)]
+            return [*self._measurements(loaded, built, run), *self._remarks(loaded, built, run)]
 
     def _check_means(self, loaded: Loaded) -> None:
         for name in (self.options.mean, self.options.mean_norm):
             for task, which in loaded.tasks.items():
-                if name is not None and "acc" not in which.aggregation():
+                filters = which.get_config("filter_list") or ()
+                several = "several, by filters" if len(filters) > 1 else None
+                lacks = several if "acc" in which.aggregation() else "none"
+                if name is not None and lacks is not None:
                     raise SuiteError(
-                        f"lm-eval: {name!r} is a mean of accuracies, and {task} has none; leave it out, "
+                        f"lm-eval: {name!r} is a mean of accuracies, and {task} has {lacks}; leave it out, "
                         "or measure it by an evaluator of its own"
                     )
 
@@ -93,11 +111,13 @@ class LmEvalEvaluator:
         fronts = {items.name: self._front(lm, items) for items in built}
         for items in built:
             score(lm, items, advance)
-        # the two ways to score agree within 1e-4 nats, so which one it was is no part of the protocol: a trial on a
-        # model that only lm-eval's own can score still stands in one column with the others
+        # where the softmax is alike the two ways to score agree within 1e-4 nats (float32), so which one it was is no
+        # part of the protocol: a trial on a model that only lm-eval's own can score still stands in one column with
+        # the others
         scored_by = {"scorer": lm.path, "scorer_reason": lm.reason, "batches": dict(lm.policy)}
         facts = {**subject.facts, "tokenizer": tokenizer_identity(subject.tokenizer)}
-        return Run(facts, fronts, scored_by, int(lm.max_length))
+        softmax = str(lm.model.dtype).removeprefix("torch.") if lm.softmax_dtype is None else "float32"
+        return Run(facts, fronts, scored_by, int(lm.max_length), softmax)
 
     def _front(self, lm: Any, items: Items) -> str | None:
         """The tokens that stand in front of the task's first request without being of its text; None: there are none.
@@ -124,7 +144,6 @@ class LmEvalEvaluator:
             "task": items.name,
             "task_version": str(items.task.VERSION),
             "items": len(items.docs),
-            "rows": options.rows if items.name in KNOWN_ROWS else None,
             "items_sha256": items.identity[:16],
             "few_shot": few_shot,
             "few_shot_seed": FEW_SHOT_SEED if few_shot else None,
@@ -133,11 +152,14 @@ class LmEvalEvaluator:
             "bos": options.bos_rule,
             "front": run.fronts[items.name],
             "max_length": run.max_length,
+            "softmax": run.softmax,
             "lm_eval": version("lm-eval"),
         }
 
-    def _remarks(self, built: Sequence[Items], run: Run) -> list[Remark]:
+    def _remarks(self, loaded: Loaded, built: Sequence[Items], run: Run) -> list[Remark]:
         remarks = []
+        if BLIMP in loaded.groups and (paradigms := len(loaded.groups[BLIMP].tasks)) < PARADIGMS:
+            remarks.append(Remark(f"blimp_acc is over {paradigms} of BLiMP's {PARADIGMS} paradigms"))
         if self.options.scorer == "auto" and run.scored_by["scorer_reason"] is not None:
             remarks.append(Remark(f"scored by lm-eval's own HFLM: {run.scored_by['scorer_reason']}"))
         cut = {items.name: truncated(items)[0] for items in built}
@@ -162,20 +184,25 @@ class LmEvalEvaluator:
     def _task(self, items: Items, run: Run) -> TaskResult:
         protocol = self._protocol(items, run)
         found, others = columns(items)
-        if not found:
-            raise TrialFailed(
-                f"lm-eval: task {items.name!r} has no metric with a value for each item, only {', '.join(others)}"
-            )
         cut, files = {}, {}
         if (scores := choice_scores(items, items.hashes)) is not None:
             files[f"choices-{_file_name(items.name)}.npz"] = scores.to_bytes()
             cut = dict(zip(("truncated_items", "truncated_requests"), truncated(items), strict=True))
-        details = {**run.scored_by, **cut, **({"other_metrics": others} if others else {})}
-        measurements = [
-            measured(f"{items.name}_{metric}", column, {**protocol, "metric": metric}, details, files if first else {})
-            for first, (metric, column) in zip([True, *[False] * len(found)], found.items(), strict=False)
-        ]
-        parts = {metric: Part(items.name, column, (len(column.items),), protocol) for metric, column in found.items()}
+        details = {**run.scored_by, **cut}
+        measurements: list[Measurement] = []
+        every: list[tuple[str, Column | Whole]] = [*found.items(), *others.items()]
+        for metric, each in every:
+            name = f"{items.name}_{metric}"
+            fields = {**protocol, "scoring": each.scoring, "metric": metric}
+            kept = {} if measurements else files
+            if isinstance(each, Column):
+                measurements.append(measured(name, each, fields, details, kept))
+            else:
+                measurements.append(without_items(name, each, fields, details, kept))
+        parts = {
+            metric: Part(items.name, column, (len(column.items),), {**protocol, "scoring": column.scoring})
+            for metric, column in found.items()
+        }
         return TaskResult(measurements, parts, cut, files)
 
     def _groups(
@@ -213,11 +240,11 @@ class LmEvalEvaluator:
         """Plain means over what was asked for, as papers print them."""
         wanted: list[tuple[str, str, list[Part]]] = []
         if self.options.mean is not None:
-            wanted.append((self.options.mean, "mean of acc", [each["acc"] for each in listed if "acc" in each]))
+            wanted.append((self.options.mean, "mean of acc", [each["acc"] for each in listed]))
         if self.options.mean_norm is not None:
-            chosen = [each.get("acc_norm", each.get("acc")) for each in listed]
             metric = "mean of acc_norm, of acc where there is none"
-            wanted.append((self.options.mean_norm, metric, [part for part in chosen if part is not None]))
+            chosen = [each.get("acc_norm", each["acc"]) for each in listed]
+            wanted.append((self.options.mean_norm, metric, chosen))
         found = []
         for name, metric, over in wanted:
             column, strata = mean_of(over, "acc")

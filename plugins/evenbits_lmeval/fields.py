@@ -40,7 +40,13 @@ def check_hellaswag(row: Mapping[str, Any]) -> str | None:
     if fault is not None:
         return fault
     endings = row.get("endings")
-    return texts_fault(endings, "endings") or index_fault(row, "label", len(endings or ()))
+    fault = texts_fault(endings, "endings") or index_fault(row, "label", len(endings or ()))
+    if fault is not None:
+        return fault
+    for index, ending in enumerate(row["endings"]):
+        if not _without_markup(ending).strip():
+            return f"endings[{index}] is {ending!r}, markup alone"
+    return None
 
 
 def check_lettered(question: str) -> Check:

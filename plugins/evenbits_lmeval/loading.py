@@ -14,6 +14,7 @@ from typing import Any
 
 from evenbits.errors import SuiteError, TrialFailed
 from evenbits.plugins import did_you_mean
+from evenbits_lmeval.folder import only_local_data
 from evenbits_lmeval.options import FEW_SHOT_SEED, LmEvalOptions, task_folder
 from evenbits_lmeval.rows import Row
 from evenbits_lmeval.sets import BLIMP, LocalSet, data_folder, local_sets
@@ -55,7 +56,8 @@ class Loaded:
 def loaded_tasks(options: LmEvalOptions) -> Iterator[Loaded]:
     """The tasks, ready to build their requests; data sets made from a folder's files are gone afterwards.
 
-    Raises SuiteError for unknown names, clashes and examples that a task does not take, TrialFailed for a data set that
+    Raises SuiteError for unknown names, clashes, tasks that cannot be scored here and examples that a task does not
+    take, TrialFailed for a data set that
     cannot be read (no network).
     """
     with quiet(), _templates_compiled_once(), TemporaryDirectory(prefix="evenbits-lmeval-") as scratch:
@@ -63,9 +65,11 @@ def loaded_tasks(options: LmEvalOptions) -> Iterator[Loaded]:
             loaded = _local(options)
         else:
             folder = task_folder(options)
-            with _data_sets_in(Path(scratch) if folder is not None else None):
+            local = folder is not None and only_local_data(folder, options.names)
+            with _data_sets_in(Path(scratch) if local else None):
                 loaded = _by_name(options, folder)
         for name, task in loaded.tasks.items():
+            _refuse(name, task)
             _set_few_shot(name, task, options.few_shot)
             if options.era == "A" and name.startswith(f"{BLIMP}_"):
                 task.set_config("target_delimiter", "")  # 0.3.0 put no space before the sentence
@@ -98,6 +102,14 @@ def _templates_compiled_once() -> Iterator[None]:
         yield
     finally:
         del env.from_string  # the instance's: the class's own is there again
+
+
+def _refuse(name: str, task: Any) -> None:
+    """What lm-eval refuses, too, when it is not told otherwise."""
+    if getattr(task, "UNSAFE_CODE", False):
+        raise SuiteError(f"lm-eval: {name} runs code that the model writes, and evenbits does not; leave it out")
+    if getattr(task, "MULTIMODAL", False):
+        raise SuiteError(f"lm-eval: {name} asks about images or sound, and evenbits gives text alone; leave it out")
 
 
 def _set_few_shot(name: str, task: Any, few_shot: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +16,12 @@ PACKAGE = "package:"
 PAPERS_FIVE = "papers-five"
 """In `tasks`: the five sets that papers on quantisation report."""
 FIVE = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
+METRIC_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"  # it names the file of its items
 FEW_SHOT_SEED = 1234  # lm-eval's own default
 
 Bos = Literal["tokenizer", "always", "none"]
-ADD_BOS: dict[Bos, bool | None] = {"tokenizer": None, "always": True, "none": False}
+# True leaves the matter to the tokenizer's template, whatever the era; "always" also refuses one that puts no BOS
+ADD_BOS: dict[Bos, bool] = {"tokenizer": True, "always": True, "none": False}
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,14 @@ class LmEvalOptions(Options):
         "figure stands in the group's details, its choices beside the record",
     )
     mean: str | None = Field(
-        default=None, description="name of a further metric: the mean of the tasks' accuracies, e.g. zero_shot_acc"
+        default=None,
+        pattern=METRIC_NAME,
+        description="name of a further metric: the mean of the tasks' accuracies, e.g. zero_shot_acc",
     )
     mean_norm: str | None = Field(
-        default=None, description="the same of acc_norm, and of acc for tasks without acc_norm (WinoGrande)"
+        default=None,
+        pattern=METRIC_NAME,
+        description="the same of acc_norm, and of acc for tasks without acc_norm (WinoGrande)",
     )
 
     @field_validator("tasks")
@@ -112,6 +117,10 @@ class LmEvalOptions(Options):
             raise ValueError('give "folder" (YAML tasks) or "data" (data files of known tasks), not both')
         if self.mean is not None and self.mean == self.mean_norm:
             raise ValueError(f'"mean" and "mean_norm" need names of their own, not both {self.mean!r}')
+        for name in self.names:
+            for metric in (f"{name}_acc", f"{name}_acc_norm"):
+                if metric in (self.mean, self.mean_norm):
+                    raise ValueError(f"{metric!r} is the name of a task's own metric; give the mean another")
         return self
 
     @property
@@ -136,7 +145,10 @@ def task_folder(options: LmEvalOptions) -> Path | None:
         folder = Path(options.folder).expanduser()
     else:
         name, _, inside = options.folder.removeprefix(PACKAGE).partition("/")
-        spec = find_spec(name)
+        try:
+            spec = find_spec(name)
+        except (ImportError, ValueError):  # of a dotted name the part before the last dot is imported
+            spec = None
         if spec is None or spec.origin is None:
             raise SuiteError(f"lm-eval: no installed package {name!r} (from folder {options.folder!r})")
         folder = Path(spec.origin).parent / inside
@@ -146,26 +158,16 @@ def task_folder(options: LmEvalOptions) -> Path | None:
 
 
 def task_files(options: Any) -> list[Path]:
-    """Every file that says what is scored, checked row by row: the plan hashes what they say.
+    """Every local file that says what is scored: the plan hashes what they say.
 
-    Raises SuiteError naming file and row, and for a task that a folder does not name.
+    Raises SuiteError for tasks and files that are not there and for broken rows, naming file and row. Of a folder's
+    rows only that they are JSON is known here; choices and labels are checked when lm-eval has loaded them, before
+    anything is scored.
     """
-    from evenbits_lmeval.rows import check_json_lines
+    from evenbits_lmeval.folder import folder_files
     from evenbits_lmeval.sets import local_files
 
     if options.data is not None:
         return local_files(options)
     folder = task_folder(options)
-    if folder is None:
-        return []
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    for path in files:
-        if path.suffix == ".jsonl":
-            check_json_lines(path)
-    said = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.suffix == ".yaml")
-    for name in options.names:
-        # whether it is a task, a group or a tag only lm-eval can say; what no file mentions is none of them
-        if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", said):
-            known = ", ".join(re.findall(r"^(?:task|group):\s*([\w-]+)\s*$", said, flags=re.MULTILINE)[:12]) or "none"
-            raise SuiteError(f"lm-eval: no task {name} in {folder}; there are: {known}")
-    return files
+    return [] if folder is None else folder_files(folder, options.names)

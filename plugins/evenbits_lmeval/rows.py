@@ -28,13 +28,17 @@ def check_json_lines(path: Path) -> list[Row]:
     """Raises SuiteError where a line is no JSON object."""
     try:
         # not str.splitlines: that also cuts at U+2028 and the like, which JSON allows inside a string
-        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SuiteError(f"lm-eval: {path}: not to be read as UTF-8 text ({error})") from None
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    except OSError as error:
+        raise SuiteError(f"lm-eval: {path}: not to be read ({error})") from None
+    if lines == [b""]:
+        raise SuiteError(f"lm-eval: {path}: no rows")
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise SuiteError(f"lm-eval: {path}, row {number}: not UTF-8 text ({error})") from None
         except ValueError as error:
             raise SuiteError(f"lm-eval: {path}, row {number}: not JSON ({error}); one object a line") from None
         if not isinstance(row, dict):
@@ -53,6 +57,8 @@ def text_fault(row: Mapping[str, Any], *names: str) -> str | None:
             return f"{name} is {value!r}, expected text"
         if not value.strip():
             return f"{name} is empty"
+        if not _encodes(value):
+            return f"{name} is {value!r}, half of a surrogate pair in it"
     return None
 
 
@@ -65,7 +71,18 @@ def texts_fault(values: Any, name: str, at_least: int = 2) -> str | None:
     for index, value in enumerate(values):
         if not value.strip():
             return f"{name}[{index}] is empty"
+        if not _encodes(value):
+            return f"{name}[{index}] is {value!r}, half of a surrogate pair in it"
     return None
+
+
+def _encodes(text: str) -> bool:
+    """JSON can escape what is no character and has no UTF-8 form."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def index_fault(row: Mapping[str, Any], name: str, choices: int) -> str | None:

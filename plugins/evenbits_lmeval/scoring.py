@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from evenbits_lmeval.options import LmEvalOptions
 from evenbits_lmeval.sets import check_count
 
 CHOSEN = ("multiple_choice", "loglikelihood")  # output types whose requests are a context and a continuation
+
+
+UNKNOWN: list[int] = []
+"""As the right choices: what the target means only the task's own process_results knows."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ class Items:
         """sha256 of what is asked and what is right, item by item: the same for the hub's rows and for local ones."""
         digest = hashlib.sha256()
         for index, (doc, requests) in enumerate(zip(self.docs, self.requests, strict=True)):
-            right = self.gold[index] if self.gold else str(self.task.doc_to_target(doc))
+            gold = self.gold[index] if self.gold else UNKNOWN
+            right = gold if gold != UNKNOWN else str(self.task.doc_to_target(doc))
             asked = [[request.args for request in requests], right]
             digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
         return digest.hexdigest()
@@ -108,19 +114,46 @@ def _check(items: Items, doc: Any, requests: Sequence[Any]) -> None:
         if not request.args[1].strip():
             raise ValueError(f"choice {index} is empty")
     choices = list(task.doc_to_choice(doc))
+    if not choices:
+        raise ValueError("there are no choices")
+    for index, choice in enumerate(choices):
+        if not isinstance(choice, str):
+            raise ValueError(f"choice {index} is {choice!r}, expected text")
+    items.choices.append(choices)
+    try:
+        items.gold.append(_gold(task, doc, choices))
+    except ValueError:
+        if task.get_config("process_results") is None:
+            raise
+        items.gold.append(UNKNOWN)
+
+
+def _gold(task: Any, doc: Any, choices: list[str]) -> int | list[int]:
+    """The right choice's index, several where any of them is right. Raises ValueError where lm-eval finds none."""
     given = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    many = isinstance(given, list | tuple)
+    if many and not given:
+        raise ValueError("no choice is right")
+    if many != bool(task.multiple_target) and not task.multiple_input:  # lm-eval goes by the first item
+        kinds = ("a list", "one") if many else ("one", "a list")
+        raise ValueError(f"the label is {given!r}, {kinds[0]}, and the first item's is {kinds[1]}")
     gold: list[int] = []
-    for label in given if isinstance(given, list) else [given]:
+    for label in given if many else [given]:
         if isinstance(label, str):
+            if many:
+                raise ValueError(f"the labels are {given!r}, expected numbers from 0 to {len(choices) - 1}")
             if label not in choices:
                 raise ValueError(f"the label {label!r} is none of the choices")
             gold.append(choices.index(label))
-        elif isinstance(label, int) and 0 <= label < len(choices):
-            gold.append(int(label))
-        else:
+            continue
+        try:
+            number = operator.index(label)
+        except TypeError:
+            number = -1
+        if not 0 <= number < len(choices):
             raise ValueError(f"the label is {label!r}, expected 0 to {len(choices) - 1}")
-    items.choices.append(choices)
-    items.gold.append(gold if isinstance(given, list) else gold[0])
+        gold.append(number)
+    return gold if many else gold[0]
 
 
 def _unbuilt(name: str, task: Any, error: Exception) -> EvenbitsError:
@@ -148,7 +181,7 @@ def score(lm: Any, items: Items, advance: Callable[[int], None]) -> None:
     """Have the model answer the requests, and lm-eval make its metrics of the answers.
 
     lm: from make_scorer. advance: told of written answers; of what is scored the scorer reports itself.
-    Raises TrialFailed where lm-eval yields no metric.
+    Raises TrialFailed where lm-eval yields no metric, or fails to.
     """
     by_kind: dict[str, list[Any]] = defaultdict(list)
     for request in items.flat:
@@ -171,7 +204,14 @@ def score(lm: Any, items: Items, advance: Callable[[int], None]) -> None:
     values: dict[tuple[str, str], dict[int, Any]] = defaultdict(dict)
     for name in items.requests[0][0].filtered_resps:
         for index, (doc, requests) in enumerate(zip(items.docs, items.requests, strict=True)):
-            found = items.task.process_results(doc, [request.filtered_resps[name] for request in requests])
+            try:
+                found = items.task.process_results(doc, [request.filtered_resps[name] for request in requests])
+            except Exception as error:  # a task's own functions may raise anything
+                said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise TrialFailed(
+                    f"lm-eval: task {items.name}, row {index + 1}{_file(items.task)}: "
+                    f"no metric can be made of the answers ({said})"
+                ) from error
             for metric, value in found.items():
                 values[metric, name][index] = value
     if not values:

@@ -43,6 +43,7 @@ KNOWN_ROWS = {
 }
 YAML = Path(__file__).resolve().parent / "tasks"
 BLIMP = "blimp"
+PARADIGMS = 67  # of BLiMP as published, 1000 pairs each
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,11 @@ def local_files(options: LmEvalOptions) -> list[Path]:
     """
     folder = data_folder(options)
     files: dict[Path, None] = {}
-    for several in local_sets(options).values():
+    named: dict[str, str] = {}
+    for listed, several in local_sets(options).items():
         for each in several:
+            if (other := named.setdefault(each.name, listed)) != listed:
+                raise SuiteError(f"lm-eval: {each.name} is scored twice: in {other!r} and in {listed!r}")
             names = [each.file]
             if options.few_shot:
                 if each.few_shot is None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from evenbits import provenance
+from evenbits.environment import package_version
 
 ENTRIES = """[
     { name = "rtn", budget = "free", options.bits = 3 },
@@ -145,3 +146,18 @@ def test_predictions_need_no_torch(here: Any, suites: Any) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_version_of_an_evaluators_library_changes_trials(
+    here: Any, suites: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = """[[evaluators]]
+name = "lm-eval"
+options = { folder = "package:evenbits_reference/tasks", tasks = ["reference_piqa"] }"""
+    text = suites.text(ENTRIES, tables=table)
+    first = {trial.label: trial.id for trial in here.plan(text).trials}
+    versions = {"lm-eval": "0.0.1"}
+    monkeypatch.setattr("evenbits.plan.package_version", lambda name: versions.get(name, package_version(name)))
+    assert all(first[trial.label] != trial.id for trial in here.plan(text).trials)
+    versions = {"peft": "0.0.1"}  # which nothing here asks
+    assert {trial.label: trial.id for trial in here.plan(text).trials} == first

@@ -102,6 +102,7 @@ def test_a_given_bos_rule_overrides_the_eras(data: Path, opened: tuple[Any, Any]
     a = encoded(opened, options(data, "piqa", limit=3, era="A"))
     with_bos = encoded(opened, options(data, "piqa", limit=3, era="A", bos="always"))
     assert [(texts, [BOS, *context], scored) for texts, context, scored in a] == with_bos
+    assert encoded(opened, options(data, "piqa", limit=3, era="A", bos="tokenizer")) == with_bos
     b = encoded(opened, options(data, "piqa", limit=3, era="B"))
     assert encoded(opened, options(data, "piqa", limit=3, era="C", bos="none")) == b
     assert encoded(opened, options(data, "piqa", limit=3, era="B", bos="tokenizer")) == encoded(
@@ -137,6 +138,7 @@ def test_the_fingerprint_says_what_stands_in_front(data: Path) -> None:
         "C": ("C", "joint", "tokenizer", "<s>"),
     }
     assert [fields("blimp_transitive", era=era)["front"] for era in "ABC"] == ["</s>", "<s>", "<s>"]
+    assert fields("piqa", era="A", bos="tokenizer")["front"] == "<s>"
     given = fields("piqa", era="B", bos="always")
     assert (given["era"], given["bos"], given["front"]) == ("B", "always", "<s>")
 

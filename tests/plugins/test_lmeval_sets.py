@@ -213,8 +213,11 @@ def write(folder: Path, name: str, rows: Sequence[Any]) -> Path:
         ("piqa", {"label": True}, "label is True, expected 0 to 1"),
         ("piqa", {"label": None}, "label is None, expected 0 to 1"),
         ("piqa", {"sol2": "  "}, "sol2 is empty"),
+        ("piqa", {"sol1": "a \ud800"}, "sol1 is 'a \\ud800', half of a surrogate pair"),
+        ("hellaswag", {"endings": ["sits", "\udc00"]}, "endings[1] is '\\udc00', half of a surrogate pair"),
         ("piqa", {"goal": 3}, "goal is 3, expected text"),
         ("hellaswag", {"endings": ["sits", ""]}, "endings[1] is empty"),
+        ("hellaswag", {"endings": ["sits", "[substeps]"]}, "endings[1] is '[substeps]', markup alone"),
         ("hellaswag", {"endings": ["sits"]}, "endings has 1 entries, expected at least 2"),
         ("hellaswag", {"label": "4"}, "label is '4', expected 0 to 1"),
         ("hellaswag", {"query": "no activity"}, 'query has no ": "'),
@@ -251,6 +254,16 @@ def test_missing_fields_and_broken_json_name_the_row(name: str, tmp_path: Path) 
             task_files(options(tmp_path, [name], rows="any"))
     write(tmp_path, name, [GOOD[name]] * 2)
     assert task_files(options(tmp_path, [name], rows="any"))[0] == path
+
+
+def test_bytes_that_are_no_text_name_the_row(tmp_path: Path) -> None:
+    path = write(tmp_path, "piqa", [GOOD["piqa"]] * 2)
+    path.write_bytes(path.read_bytes() + b'{"goal": "\xff"}\n')
+    with pytest.raises(SuiteError, match=r"piqa\.validation\.jsonl, row 3: not UTF-8 text"):
+        task_files(options(tmp_path, ["piqa"], rows="any"))
+    path.write_bytes(b"")
+    with pytest.raises(SuiteError, match=r"piqa\.validation\.jsonl: no rows"):
+        task_files(options(tmp_path, ["piqa"], rows="any"))
 
 
 def test_a_line_separator_inside_a_text_is_no_new_row(tmp_path: Path) -> None:
@@ -292,6 +305,13 @@ def test_unknown_names_and_files_that_are_not_there(tmp_path: Path) -> None:
     write(tmp_path, "lambada_openai", [GOOD["lambada_openai"]])
     with pytest.raises(SuiteError, match="lambada_openai is scored without examples"):
         task_files(options(tmp_path, ["lambada_openai"], rows="any", few_shot=3))
+
+
+def test_a_paradigm_is_not_scored_twice(tmp_path: Path) -> None:
+    (tmp_path / "blimp").mkdir()
+    (tmp_path / "blimp" / "passive_1.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
+    with pytest.raises(SuiteError, match="blimp_passive_1 is scored twice: in 'blimp' and in 'blimp_passive_1'"):
+        task_files(options(tmp_path, ["blimp", "blimp_passive_1"]))
 
 
 def test_checks_of_single_rows() -> None:

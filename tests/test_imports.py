@@ -43,6 +43,7 @@ ORDER = (
     ("tokens",),
     ("stages",),
     ("executor",),
+    ("attempt",),
     ("run",),
     ("fingerprints",),
     ("rows",),

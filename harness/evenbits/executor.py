@@ -56,13 +56,18 @@ class StageOutcome:
 
 
 class Executor(Protocol):
-    """Runs stages. `workers` trials may call `run` at the same time from threads of their own."""
+    """Runs stages, from threads of their own: those of `workers` trials at the same time, and beside these the
+    "profile" stages of up to `evenbits.run.PROFILES_AT_ONCE`, which are to wait until they have their machine alone."""
 
     workers: int
 
-    def run(self, job: Job, log: Path, report: Report) -> StageOutcome: ...
+    def run(self, job: Job, log: Path, report: Report) -> StageOutcome:
+        """Blocks until the stage has ended. Whatever becomes of it is the outcome; what is raised ends the run."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Kill what runs, so that its `run` returns soon with a failure, as does every later one. May come twice."""
+        ...
 
 
 # -- in the child ----------------------------------------------------------------------------------------------
@@ -166,8 +171,11 @@ class _Machine:
     def alone(self) -> Iterator[None]:
         with self._condition:
             self._waiting += 1
-            self._condition.wait_for(lambda: not self._alone and not self._sharing)
-            self._waiting -= 1
+            try:
+                self._condition.wait_for(lambda: not self._alone and not self._sharing)
+            finally:
+                self._waiting -= 1
+                self._condition.notify_all()
             self._alone = True
         try:
             yield
@@ -227,8 +235,13 @@ class LocalExecutor:
             child.start()
         sender.close()
         self._running.add(child)
+        if self._closed:  # meanwhile, which can be long: a new fork server imports torch first
+            _kill(child)
         try:
             message, peak, stopped = self._watch(child, receiver, job, report, begun)
+        except BaseException:
+            _kill(child)  # nobody waits for it any more
+            raise
         finally:
             self._running.discard(child)
             receiver.close()

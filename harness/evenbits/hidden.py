@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
@@ -26,6 +27,7 @@ class HiddenStates:
     def __init__(self, sizes: Sequence[torch.Size], device: torch.device, held_bytes: int = HELD_BYTES) -> None:
         """sizes: (B, T) by batch. device: where they are wanted; they wait on the CPU."""
         self._sizes, self._device, self._limit = sizes, device, held_bytes
+        self._before = [0, *accumulate(size.numel() for size in sizes)]  # tokens of the batches before each
         self._held: dict[int, Tensor] = {}
         self._file: Any = None  # its class differs by system
         self._width, self._dtype = 0, torch.float32
@@ -68,7 +70,7 @@ class HiddenStates:
 
     def _place(self, index: int) -> int:
         """Bytes of the batches before."""
-        return sum(size.numel() for size in self._sizes[:index]) * self._width * self._dtype.itemsize
+        return self._before[index] * self._width * self._dtype.itemsize
 
 
 def _bytes_of(states: Tensor) -> memoryview:

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import errno
-import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evenbits.attempt import Attempt
 from evenbits.environment import describe_environment
 from evenbits.errors import ArtifactError
-from evenbits.executor import Executor, StageFailure, StageOutcome
-from evenbits.files import write_atomically
-from evenbits.plan import Plan, Skip, Stage, Trial, budget_facts
+from evenbits.executor import Executor
+from evenbits.plan import Plan, Skip, Trial, budget_facts
 from evenbits.plugins import Registry
-from evenbits.record import Failure, Record, SampleFacts, write_record
+from evenbits.record import Failure, Record, write_record
 from evenbits.store import Results
 from evenbits.suite import Suite
 
-COST = "cost.json"
+UNPROFILED = "not profiled yet; run the suite again, what was evaluated is kept"
 PROFILES_AT_ONCE = 8
 """Profilers need the machine alone, and each time the other workers wait for the longest stage under way. So trials
-side by side wait for each other and are profiled together; a killed run measures the waiting ones again."""
+side by side wait for each other and are profiled together. Meanwhile what they were evaluated to is kept as the record
+of a failure, and whoever runs the suite again after a kill only profiles them."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ class Run:
         self._announcing = threading.Lock()
         self._stopping = threading.Event()
         self._records: dict[str, Record] = {}
-        self._to_profile: list[_Stages] = []
+        self._evaluated: dict[str, Record] = {}
+        self._to_profile: list[Attempt] = []
 
     def go(self) -> list[Record]:
         """All records in the plan's order. Raises ArtifactError when records cannot be written (a full disk)."""
@@ -116,9 +116,10 @@ class Run:
         with ThreadPoolExecutor(max_workers=self.executor.workers) as pool:
             futures = [pool.submit(self._trial, trial) for trial in pending]
             try:
-                for future in futures:
+                for future in as_completed(futures):  # whichever raises first ends the run
                     future.result()
-                self._profile(self._to_profile)
+                # not in this thread: it hears of Ctrl-C, and must be free to stop the others
+                pool.submit(self._profile, self._to_profile).result()
             except BaseException:
                 self._stopping.set()
                 for future in futures:
@@ -132,7 +133,8 @@ class Run:
         return ordered
 
     def _found(self, trial: Trial) -> Record | None:
-        """A record to keep. Failed ones are tried again; a damaged one is set aside with a notice."""
+        """A record to keep. Failed ones are tried again, from where they failed if that was in being profiled; a
+        damaged one is set aside with a notice."""
         try:
             record = self.results.record(trial.suite, trial.id)
         except ArtifactError as error:
@@ -140,57 +142,72 @@ class Run:
                 raise
             self.display.notice(f"{error}: measured again")
             return None
-        return record if record is not None and record.status == "done" else None
+        if record is None or record.status == "done":
+            return record
+        if record.failure is not None and record.failure.stage == "profile":
+            self._evaluated[trial.id] = record
+        return None
+
+    def _attempt(self, trial: Trial) -> Attempt:
+        display = self.display
+        return Attempt(
+            trial,
+            self.results,
+            self.executor,
+            lambda stage, done, total, what: display.stage(trial, stage, done, total, what),
+            self._artifact_lock(trial.chain[0] if trial.chain else trial.id),
+            self._known(trial),
+        )
+
+    def _known(self, trial: Trial) -> Record | None:
+        """The record of an earlier run that evaluated this trial and did not come to profile it, if it is whole."""
+        record, folder = self._evaluated.get(trial.id), self.results.trial_folder(trial.suite, trial.id)
+        if record is None:
+            return None
+        files = [name for metric in record.metrics for name in (metric.items, *metric.attachments) if name is not None]
+        return record if all((folder / name).is_file() for name in files) else None
 
     # -- one trial ------------------------------------------------------------------------------------------
 
     def _trial(self, trial: Trial) -> None:
         """Compress and evaluate; then profile, with those that wait for it once they are enough."""
         self._announce("on_trial_start", trial=trial)
-        stages = _Stages(self, trial, self.results.trial_folder(trial.suite, trial.id) / "log.txt")
-        failure = stages.measure_quality()
+        attempt = self._attempt(trial)
+        failure = attempt.measure_quality()
         if failure is not None or not trial.profilers:
-            self._finish(stages, failure)
+            self._finish(attempt, failure)
             return
-        ready: list[_Stages] = []
+        # what was evaluated may have taken hours: a kill while it waits, or a profiler that fails, does not cost it
+        self._keep(attempt, Failure(kind="error", stage="profile", message=UNPROFILED))
+        ready: list[Attempt] = []
         with self._guard:
-            self._to_profile.append(stages)
+            self._to_profile.append(attempt)
             if len(self._to_profile) >= (PROFILES_AT_ONCE if self.executor.workers > 1 else 1):
                 ready, self._to_profile = self._to_profile, []
         self._profile(ready)
 
-    def _profile(self, ready: Sequence[_Stages]) -> None:
+    def _profile(self, ready: Sequence[Attempt]) -> None:
         """All at once: the executor lets them through one by one, and nothing else in between."""
         if ready:
             with ThreadPoolExecutor(max_workers=len(ready)) as pool:
-                list(pool.map(lambda stages: self._finish(stages, stages.profile()), ready))
+                list(pool.map(lambda attempt: self._finish(attempt, attempt.profile()), ready))
 
-    def _finish(self, stages: _Stages, failure: Failure | None) -> None:
-        trial, folder = stages.trial, stages.log.parent
+    def _finish(self, attempt: Attempt, failure: Failure | None) -> None:
+        trial = attempt.trial
         if failure is not None and self._stopping.is_set():
             raise InterruptedError(f"{trial.title}: stopped by the user")  # its child was killed by us: no failure
-        record = Record(
-            **_identity(trial),
-            status="done" if failure is None else "failed",
-            failure=failure,
-            within_budget=stages.within_budget(),
-            ledger=stages.ledger,
-            layers=stages.layers,
-            metrics=tuple(stages.metrics),
-            fingerprints=stages.fingerprints,
-            samples=tuple(stages.samples),
-            remarks=tuple(stages.remarks),
-            seconds=stages.seconds,
-            peaks=stages.peaks,
-            environment=dict(self.context.environment),
-            started=stages.started,
-            finished=_now(),
-        )
-        self._write(folder, record, stages.items, stages.attachments)
+        record = self._keep(attempt, failure)
         self._records[trial.id] = record
         self._publish(record, resumed=False)
         if failure is not None:
             self._announce("on_trial_failed", trial=trial, record=record)
+
+    def _keep(self, attempt: Attempt, failure: Failure | None) -> Record:
+        """Write the record of what the stages came to so far."""
+        record = attempt.record(failure, self.context.environment)
+        self._write(attempt.folder, record, attempt.items, attempt.attachments)
+        attempt.items, attempt.attachments = {}, {}  # they are on disk
+        return record
 
     def _skipped(self, skip: Skip) -> Record:
         record = Record(
@@ -236,146 +253,7 @@ class Run:
         with self._announcing:
             self.registry.announce(hook, self.display.notice, **arguments, context=self.context)
 
-    def artifact_lock(self, key: str) -> threading.Lock:
+    def _artifact_lock(self, key: str) -> threading.Lock:
         """Two trials that share an artifact: the second waits for the first."""
         with self._guard:
             return self._artifact_locks.setdefault(key, threading.Lock())
-
-
-class _Stages:
-    """The stages of one trial, in order, until one fails."""
-
-    def __init__(self, run: Run, trial: Trial, log: Path) -> None:
-        self._run = run
-        self.trial = trial
-        self.log = log
-        self.started = _now()
-        self.metrics: list[Any] = []
-        self.fingerprints: dict[str, dict[str, Any]] = {}
-        self.items: dict[str, np.ndarray[Any, Any]] = {}
-        self.attachments: dict[str, bytes] = {}
-        self.samples: list[SampleFacts] = []
-        self.remarks: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.peaks: dict[str, int] = {}
-        self.ledger: Any = None
-        self.layers: tuple[Any, ...] = ()
-
-    def measure_quality(self) -> Failure | None:
-        """Compress what is not there yet, and evaluate."""
-        return self._guarded(lambda: self._compress() or self._measure("evaluate"))
-
-    def profile(self) -> Failure | None:
-        return self._guarded(lambda: self._measure("profile"))
-
-    @staticmethod
-    def _guarded(stages: Callable[[], Failure | None]) -> Failure | None:
-        try:
-            return stages()
-        except OSError as error:
-            return Failure(kind="error", stage="run", message=f"{type(error).__name__}: {error}")
-
-    def within_budget(self) -> bool | None:
-        budget = self.trial.budget
-        if budget is None or self.ledger is None:
-            return None
-        bits = self.ledger.bits
-        return (bits.linear if budget.on == "linear" else bits.model) in budget
-
-    def _compress(self) -> Failure | None:
-        trial, results = self.trial, self._run.results
-        if trial.artifact is None:
-            return None
-        cost = results.artifacts / trial.artifact / COST
-        with self._run.artifact_lock(trial.chain[0]):
-            if not results.has_artifact(trial.artifact):
-                outcome = self._do("compress")
-                if outcome.failure is not None:
-                    for key in trial.chain:
-                        results.remove_unfinished(key)
-                    return _failure("compress", outcome.failure)
-                facts = {"seconds": _seconds(outcome), "peak_bytes": outcome.peak_bytes}
-                if outcome.result is not None and outcome.result.device_peak_bytes is not None:
-                    facts["device_peak_bytes"] = outcome.result.device_peak_bytes
-                write_atomically(cost, json.dumps(facts).encode())
-        if cost.is_file():
-            facts = json.loads(cost.read_text())
-            self.seconds["compress"] = facts["seconds"]
-            self.peaks["compress"] = facts["peak_bytes"]
-            if "device_peak_bytes" in facts:
-                self.peaks["compress_device"] = facts["device_peak_bytes"]
-        return None
-
-    def _measure(self, stage: str) -> Failure | None:
-        outcome = self._do(stage)
-        if outcome.failure is not None:
-            return _failure(stage, outcome.failure)
-        result = outcome.result
-        assert result is not None
-        self.ledger, self.layers = result.ledger, result.layers
-        self.metrics += result.metrics
-        self.fingerprints |= result.fingerprints
-        self.items |= result.arrays()
-        self.attachments |= result.attachments
-        self.samples += result.samples
-        self.remarks += result.remarks
-        self.seconds[stage] = _seconds(outcome)
-        self.peaks[stage] = outcome.peak_bytes
-        return None
-
-    def _do(self, stage: str) -> StageOutcome:
-        from evenbits.job import Job
-
-        job = Job(
-            stage=stage,  # type: ignore[arg-type]
-            trial=self.trial,
-            artifacts=self._run.results.artifacts,
-            cache=self._run.results.cache,
-            compress_peak_bytes=self.peaks.get("compress"),
-            compress_device_peak_bytes=self.peaks.get("compress_device"),
-            compress_seconds=self.seconds.get("compress"),
-        )
-        display, trial = self._run.display, self.trial
-        display.stage(trial, stage, 0, 0, stage)
-        return self._run.executor.run(
-            job, self.log, lambda done, total, what: display.stage(trial, stage, done, total, what)
-        )
-
-
-def _seconds(outcome: StageOutcome) -> float:
-    """By the child's own clock: waiting for the fork server is not the stage's work."""
-    return outcome.seconds if outcome.result is None else outcome.result.seconds
-
-
-def _failure(stage: str, failure: StageFailure) -> Failure:
-    return Failure(
-        kind=failure.kind, stage=stage, message=failure.message, signal=failure.signal, traceback=failure.traceback
-    )
-
-
-def _identity(trial: Trial) -> dict[str, Any]:
-    def names(stages: Sequence[Stage]) -> tuple[str, ...]:
-        return tuple(stage.name for stage in stages)
-
-    return {
-        "trial": trial.id,
-        "artifact": trial.artifact,
-        "chain": trial.chain,
-        "suite": trial.suite,
-        "model": trial.model.facts,
-        "method": trial.method,
-        "distribution": trial.distribution,
-        "label": trial.label,
-        "options": dict(trial.options),
-        "shown": trial.shown,
-        "budget": budget_facts(trial.budget),
-        "seed": trial.seed,
-        "recovery": names(trial.recovery),
-        "recovery_options": tuple(dict(stage.options) for stage in trial.recovery),
-        "calibration": None if trial.calibration is None else dict(trial.calibration),
-        "predicted": trial.predicted,
-    }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -86,11 +86,13 @@ class BlockStream:
         """(B, T, vocab) for each batch (B, T) of token ids, in order, each as `model(input_ids=batch).logits`.
 
         All blocks are run before the first is yielded. `advance` is told of each block done. Nothing is left behind
-        when the caller stops early. Raises ValueError for a batch that is not two-dimensional.
+        when the caller stops early. Raises ValueError for a batch that is not two-dimensional, TrialFailed as
+        `check_batches`.
         """
         for index, batch in enumerate(batches):
             if batch.dim() != 2:
                 raise ValueError(f"batch {index} has shape {tuple(batch.shape)}, expected (batch, length)")
+        check_batches(self.model, batches)
         return self._logits(batches, advance)
 
     def _logits(self, batches: Sequence[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
@@ -170,26 +172,43 @@ class BlockStream:
     @contextmanager
     def _loaded(self, names: Collection[str]) -> Iterator[None]:
         try:
-            for name, tensor in self._weights.read(sorted(names)):
-                self._set(name, self._filled(name, tensor))
-                del tensor  # before the next one is read
+            _fill({name: self._places[name] for name in names}, self._weights, self._device, self._where)
             yield
         finally:
             for name in names:
-                self._set(name, self._empty[name])
+                _set(self._places[name], self._empty[name])
 
-    def _filled(self, name: str, tensor: Tensor) -> nn.Parameter:
-        """Always a copy: a view would keep the file's pages, and lie where matrix products may round otherwise."""
-        empty = self._empty[name]
-        if tensor.shape != empty.shape:
-            found, expected = tuple(tensor.shape), tuple(empty.shape)
-            raise TrialFailed(f"{self._where}: {name} is stored as {found}, the model's config says {expected}")
-        filled = torch.empty(empty.shape, dtype=empty.dtype, device=self._device).copy_(tensor)
-        return nn.Parameter(filled, requires_grad=False)
 
-    def _set(self, name: str, parameter: nn.Parameter) -> None:
-        for module, attribute in self._places[name]:
-            module._parameters[attribute] = parameter
+def check_batches(model: Any, batches: Sequence[Tensor]) -> None:
+    """Raises TrialFailed for token ids (B, T) that the model has no row for, or more of them than it has positions,
+    where those are a table. Either would be an IndexError without a hint, and on a GPU the end of the process.
+    """
+    embeddings = model.get_input_embeddings()
+    rows, largest = embeddings.weight.shape[0], max((int(batch.max()) for batch in batches), default=0)
+    if largest >= rows:
+        raise TrialFailed(
+            f"the tokenizer gives token {largest}, and the model's vocabulary ends at {rows - 1}: not its own tokenizer"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    learned = any(isinstance(module, nn.Embedding) for module in model.modules() if module is not embeddings)
+    longest = max((batch.shape[1] for batch in batches), default=0)
+    if learned and positions is not None and longest > positions:
+        raise TrialFailed(
+            f"a text of {longest} tokens, and the model has {positions} positions: give a shorter context"
+        )
+
+
+def open_stored(
+    weights: StoredWeights, folder: Path, dtype: str, device: torch.device, *, trust_remote_code: bool = False
+) -> Any:
+    """The whole model on `device`, in eval mode, without gradients; each tensor is read straight into its place, so
+    that the model is in memory once.
+
+    folder: with the model's config. Raises TrialFailed naming tensors that are missing or left over.
+    """
+    model = open_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
+    _fill(_places(model, weights.names, str(folder)), weights, device, folder)
+    return model.to(device)
 
 
 def open_skeleton(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
@@ -212,14 +231,17 @@ def open_skeleton(folder: Path, dtype: str, *, trust_remote_code: bool = False) 
     return model.eval().requires_grad_(False)
 
 
-def _places(model: nn.Module, stored: Collection[str], where: str) -> dict[str, list[tuple[nn.Module, str]]]:
-    """By stored name, the modules and attributes that hold that parameter: more than one where it is tied."""
+Places = list[tuple[nn.Module, str]]  # modules and attributes that hold one parameter: more than one where it is tied
+
+
+def _places(model: nn.Module, stored: Collection[str], where: str) -> dict[str, Places]:
+    """By stored name. Raises TrialFailed naming tensors that are missing or left over."""
     groups: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{path}.{attribute}" if path else attribute
             groups.setdefault(id(parameter), []).append((name, module, attribute))
-    found: dict[str, list[tuple[nn.Module, str]]] = {}
+    found: dict[str, Places] = {}
     wrong: list[str] = []
     for group in groups.values():
         names = [name for name, _, _ in group if name in stored]
@@ -236,6 +258,23 @@ def _places(model: nn.Module, stored: Collection[str], where: str) -> dict[str, 
             f"{where}: stored tensors do not make the model: {', '.join(wrong[:3])} ({len(wrong)} in all)"
         )
     return found
+
+
+def _fill(places: Mapping[str, Places], weights: StoredWeights, device: torch.device, where: Path) -> None:
+    """Always copies: a view would keep the file's pages, and lie where matrix products may round otherwise."""
+    for name, tensor in weights.read(sorted(places)):
+        empty = getattr(*places[name][0])
+        if tensor.shape != empty.shape:
+            found, expected = tuple(tensor.shape), tuple(empty.shape)
+            raise TrialFailed(f"{where}: {name} is stored as {found}, the model's config says {expected}")
+        filled = torch.empty(empty.shape, dtype=empty.dtype, device=device).copy_(tensor)
+        _set(places[name], nn.Parameter(filled, requires_grad=False))
+        del tensor  # before the next one is read
+
+
+def _set(places: Places, parameter: nn.Parameter) -> None:
+    for module, attribute in places:
+        module._parameters[attribute] = parameter
 
 
 @contextmanager

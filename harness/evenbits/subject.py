@@ -15,10 +15,10 @@ from evenbits.artifact import Artifact
 from evenbits.compressor import LayerCompressor, Options
 from evenbits.errors import ArtifactError, SuiteError, TrialFailed
 from evenbits.measure import Text
-from evenbits.models import build_model, load_tokenizer, open_model, torch_dtype
+from evenbits.models import load_tokenizer, open_model, torch_dtype
 from evenbits.plugins import Registry
 from evenbits.shapes import ARCHITECTURES, read_config
-from evenbits.streaming import BlockStream
+from evenbits.streaming import BlockStream, open_stored
 from evenbits.suite import check_options
 from evenbits.weights import ArtifactWeights, DenseWeights, StoredWeights, restored_weight
 from evenbits.whole import restore_whole
@@ -75,9 +75,8 @@ def load_artifact(
     manifest = artifact.manifest
     if manifest.model_form == "whole":
         return restore_whole(artifact, compressor).to(device)
-    state = restore_state(artifact, compressor)
-    model = build_model(folder, state, manifest.dtype, trust_remote_code=trust_remote_code)
-    return model.to(device)
+    weights = ArtifactWeights(artifact, compressor)
+    return open_stored(weights, folder, manifest.dtype, torch.device(device), trust_remote_code=trust_remote_code)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -25,8 +25,32 @@ class StoredWeights(Protocol):
     def names(self) -> Collection[str]: ...
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-        """One at a time, in any order and any dtype; the tensor may be a view of a mapped file."""
+        """One at a time, in any order and any dtype; the tensor may be a view of a mapped file.
+
+        Raises TrialFailed when the files have changed since this was made.
+        """
         ...
+
+
+class _Files:
+    """Files that are read over minutes: one replaced on the way would give a model of two halves."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._seen = {file: _looks(file) for file in files}
+
+    def check(self) -> None:
+        """Raises TrialFailed when one is not as it was at first."""
+        for file, looks in self._seen.items():
+            if _looks(file) != looks:
+                raise TrialFailed(f"{file}: changed while the model was read from it; measure again")
+
+
+def _looks(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class DenseWeights:
@@ -37,14 +61,17 @@ class DenseWeights:
         inventory = read_inventory(folder)
         stored = [tensor for _, tensor in inventory.layers] + list(inventory.rest)
         self._tensors = {tensor.name: tensor for tensor in stored}
+        self._files = _Files({tensor.file for tensor in stored})
 
     @property
     def names(self) -> Collection[str]:
         return self._tensors.keys()
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        self._files.check()
         for name in names:
             yield name, read_tensor(self._tensors[name])
+        self._files.check()
 
 
 class ArtifactWeights:
@@ -62,6 +89,7 @@ class ArtifactWeights:
         self._transposed = ARCHITECTURES[read_config(artifact.folder)["model_type"]].transposed
         self._layers = {f"{layer.name}.weight": layer for layer in artifact.layers}
         self._rest = artifact.rest_names()
+        self._files = _Files(artifact.folder / name for name in artifact.manifest.files)
 
     @property
     def names(self) -> Collection[str]:
@@ -69,6 +97,7 @@ class ArtifactWeights:
 
     @torch.no_grad()
     def read(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        self._files.check()
         for name in names:
             if name not in self._layers:
                 yield name, self._artifact.rest_tensor(name)
@@ -77,6 +106,7 @@ class ArtifactWeights:
             for stored, packed in self._artifact.block(file):
                 if stored.name in wanted:
                     yield f"{stored.name}.weight", self._decoded(stored, packed)  # kept by no name of ours
+        self._files.check()
 
     def _decoded(self, stored: StoredLayer, packed: PackedLayer) -> Tensor:
         weight = restored_weight(self._compressor, self._artifact, stored, packed)

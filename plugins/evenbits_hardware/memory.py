@@ -118,6 +118,7 @@ class DevicePeak:
         self.baseline = self.host.baseline
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()  # NVML counts what torch keeps of an earlier stretch: it would hide this one's
             torch.cuda.reset_peak_memory_stats(self.device)
             self.baseline = torch.cuda.memory_allocated(self.device)
         if self.nvml is not None:

@@ -6,7 +6,6 @@ fingerprint (see `workload.what_ran`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,18 +24,14 @@ from evenbits_hardware.workload import check_device, prepare, was_cut, what_ran
 def load_metered(subject: ProfileSubject, board: Board | None = None) -> tuple[nn.Module, DevicePeak]:
     """The model, and the memory it took to load it.
 
-    A first load also imports the architecture's code, which dwarfs a small model and depends on what this process
-    did before. So where a load has imported anything, it is done again and only the second one counts.
+    A first load also imports code and makes what libraries make once (threads, tables), which dwarfs a small model and
+    depends on what this process did before. So it is done again, and only the second one counts.
     """
-    known = set(sys.modules)
-    with DevicePeak(subject.device, board) as first:
-        model, _ = subject.load()
-    if known.issuperset(sys.modules):
-        return model, first
+    model, _ = subject.load()
     del model
-    with DevicePeak(subject.device, board) as second:
+    with DevicePeak(subject.device, board) as peak:
         model, _ = subject.load()
-    return model, second
+    return model, peak
 
 
 class HardwareProfiler:

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 from evenbits.errors import ArtifactError, MissingExtra
 from evenbits.record import Record, write_atomically
 from evenbits.report import write_report
-from evenbits_mlflow.mirror import RECORD_TAG, RUN_TAG, TRIAL_TAG, environment_tags, mirror
+from evenbits_mlflow.mirror import (
+    LEFT_TAG,
+    RECORD_TAG,
+    RUN_TAG,
+    TRIAL_TAG,
+    environment_tags,
+    mirror,
+    samples_page,
+)
 from evenbits_mlflow.options import read_options
 
 if TYPE_CHECKING:
@@ -29,6 +37,8 @@ if TYPE_CHECKING:
 
 LEDGER = "mlflow.json"
 PARAMS_A_CALL = 100  # more are refused
+LARGEST_FILE = 4 << 20
+"""Bytes of a file beside the record that is still mirrored; larger ones are named in a tag and stay where they are."""
 
 _running: dict[Path, Mirror] = {}
 """Open mirrors by run folder, from `begin` to `finish`; one that failed is gone, so that it is told only once."""
@@ -155,11 +165,29 @@ class Mirror:
             tags=[RunTag(name, text) for name, text in seen.tags.items()],
         )
         self._client.log_artifact(run, str(path))
+        if record.samples:
+            self._client.log_text(run, samples_page(record), "samples.md")
+        self._send_files(run, record, path.parent)
         manifest = None if artifact is None else artifact / "manifest.json"
         if manifest is not None and manifest.exists():
             self._client.log_artifact(run, str(manifest))
         self._client.set_terminated(run, seen.status, now)
         self._client.set_tag(run, RECORD_TAG, digest)
+
+    def _send_files(self, run: str, record: Record, folder: Path) -> None:
+        """What stands beside the record: values of each item, and what evaluators attached."""
+        names = [name for metric in record.metrics for name in (metric.items, *metric.attachments) if name is not None]
+        left = []
+        for name in dict.fromkeys(names):
+            path = folder / name
+            if not path.is_file():
+                left.append(f"{name} (not there)")
+            elif (size := path.stat().st_size) > LARGEST_FILE:
+                left.append(f"{name} ({size:,} bytes)")
+            else:
+                self._client.log_artifact(run, str(path))
+        if left:
+            self._client.set_tag(run, LEFT_TAG, ", ".join(left)[:5000])
 
     def _find_experiment(self, suite: str) -> str:
         found = self._client.get_experiment_by_name(suite)

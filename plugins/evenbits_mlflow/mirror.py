@@ -16,6 +16,7 @@ from evenbits.tables import flatten
 
 TRIAL_TAG = "evenbits.trial"
 RUN_TAG = "evenbits.run"
+LEFT_TAG = "evenbits.not_mirrored"
 RECORD_TAG = "evenbits.record"
 """Digest of the mirrored record.json; set last, so that a run which has it is whole."""
 
@@ -68,6 +69,16 @@ def mirror(record: Record) -> Mirrored:
     )
 
 
+def samples_page(record: Record) -> str:
+    """What the model wrote, as Markdown; fenced, as the text may be anything."""
+    blocks = []
+    for sample in record.samples:
+        text = f"{sample.prompt}|{sample.text}"
+        fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
+        blocks.append(f"{fence}text\n{text}\n{fence}\n")
+    return "Prompts, and after the bar what the model wrote.\n\n" + "\n".join(blocks)
+
+
 def environment_tags(environment: Mapping[str, Any]) -> dict[str, str]:
     """Git commit, under the name that MLflow's page knows too, and versions."""
     tags = {f"version.{name}": str(version) for name, version in (environment.get("versions") or {}).items()}
@@ -110,6 +121,8 @@ def _tags(record: Record) -> dict[str, str]:
         tags["evenbits.artifact"] = record.artifact
     if record.within_budget is not None:
         tags["evenbits.within_budget"] = json.dumps(record.within_budget)
+    if record.remarks:
+        tags["evenbits.remarks"] = "\n".join(record.remarks)
     if record.reason:
         tags["evenbits.reason"] = record.reason
     if record.failure is not None:

@@ -36,7 +36,7 @@ class PerplexityEvaluator:
         windows = documents or rolling, whose windows differ in length, each is weighted by its share of the
         predictions, so that the plain mean of the items is always the loss of which the perplexity is the exp.
         details["weights"]: predictions of each window, where they differ.
-        low, high: 95 % percentile bootstrap over windows, the loss itself where there is only one; per word and per
+        low, high: 95 % bootstrap over windows, the loss itself where there is only one; per word and per
         byte, words and bytes per token are taken as facts of the text.
         Raises TrialFailed when the text is shorter than a window or not what its name says, or at the first window
         whose loss is not finite.
@@ -58,7 +58,8 @@ class PerplexityEvaluator:
         loss = float(sums.sum() / predictions)
         items = sums * (len(sums) / predictions)
         low, high = bootstrap_interval(items, weights=predicted) if len(items) > 1 else (loss, loss)
-        if high > LARGEST_LOSS:
+        low = max(low, 0.0)  # of two or three windows the interval may reach further than any loss
+        if loss > LARGEST_LOSS:
             raise TrialFailed(f"perplexity overflows a float: mean loss {loss:.1f} nats/token")
         sizes = {"tokens": cut.tokens, "windows": len(cut.windows), "predictions": predictions}
         fingerprint = self._fingerprint(subject, text, cut, context)
@@ -69,7 +70,7 @@ class PerplexityEvaluator:
             unit="perplexity",
             better="lower",
             low=math.exp(low),
-            high=math.exp(high),
+            high=_exp(high),
             fingerprint={**fingerprint, "metric": "perplexity"},
             details={
                 "loss": loss,
@@ -141,9 +142,9 @@ class PerplexityEvaluator:
         share = found.details["predictions"] / units[unit]  # tokens per word or byte
         if name == "bits_per_byte":
             share /= math.log(2)
-        if high * share > LARGEST_LOSS and name != "bits_per_byte":
+        if loss * share > LARGEST_LOSS and name != "bits_per_byte":
             raise TrialFailed(f"{name} overflows a float: {loss * share:.1f} nats per {unit.removesuffix('s')}")
-        of = float if name == "bits_per_byte" else math.exp
+        of = float if name == "bits_per_byte" else _exp
         rule: dict[str, Any] = {"words_rule": self.options.words} if unit == "words" else {}
         if self.options.units_of is not None:
             rule["units_of"] = {key: value for key, value in self.options.units_of.items() if key != "path"}
@@ -176,6 +177,11 @@ class PerplexityEvaluator:
         if options.windows == "sampled":
             fingerprint["sampling"] = {"rule": text.sampling, "seed": 0}
         return fingerprint
+
+
+def _exp(nats: float) -> float:
+    """The largest float stands for all beyond it."""
+    return math.exp(min(nats, LARGEST_LOSS))
 
 
 def _per_units(nats: float, units: dict[str, int] | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from evenbits.errors import TrialFailed
+from evenbits.streaming import check_batches
 from evenbits_perplexity.windows import Window
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
@@ -37,9 +38,14 @@ def batch_inputs(windows: Sequence[Window], batch: Sequence[int], context: int) 
 
 
 @torch.no_grad()
-def model_logits(model: torch.nn.Module, inputs: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """(batch, tokens, vocabulary) of each batch, by the whole model."""
+def model_logits(model: torch.nn.Module, inputs: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """(batch, tokens, vocabulary) of each batch, by the whole model.
+
+    Raises TrialFailed for tokens or positions that it does not have.
+    """
     model.eval()
+    if hasattr(model, "get_input_embeddings"):
+        check_batches(model, inputs)
     for batch in inputs:
         yield model(input_ids=batch.to(device), use_cache=False).logits
 

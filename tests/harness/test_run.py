@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import signal
 import subprocess
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,10 +18,16 @@ import numpy as np
 import psutil
 import pytest
 
+from evenbits import executor as executors
 from evenbits.errors import ArtifactError
-from evenbits.executor import LocalExecutor
+from evenbits.executor import LocalExecutor, StageOutcome
+from evenbits.findings import take
+from evenbits.job import Job, StageResult
+from evenbits.measure import Measurement
+from evenbits.plan import Stage
 from evenbits.plugins import load_plugins
-from evenbits.record import read_items
+from evenbits.record import read_items, read_record
+from evenbits.run import UNPROFILED, Run
 from evenbits.store import Results
 
 
@@ -171,7 +179,8 @@ def spans_of(here: Any, suites: Any, top: str) -> list[tuple[str, float, float]]
     spans = here.folder / "spans.txt"
     tables = "".join(
         f'[[{kind}s]]\nname = "span-{name}"\noptions.file = "{spans}"\noptions.kind = "{name}"\n'
-        for kind, name in (("evaluator", "eval"), ("profiler", "profile"))
+        f"options.seconds = {seconds}\n"
+        for kind, name, seconds in (("evaluator", "eval", 1.2), ("profiler", "profile", 0.1))
     )
     records, _ = here.run(suites.text(top=top, tables=tables))
     assert {record.status for record in records} == {"done"}
@@ -210,6 +219,199 @@ def test_a_closed_executor_begins_nothing(tmp_path: Path) -> None:
     outcome = executor.run(cast(Any, SimpleNamespace(stage="profile")), tmp_path / "log.txt", lambda *_: None)
     assert outcome.failure is not None
     assert "stopped" in outcome.failure.message
+
+
+class Asleep:
+    """Keeps the process that unpickles it busy."""
+
+    def __reduce__(self) -> Any:
+        return time.sleep, (600,)
+
+
+def test_a_child_that_was_being_started_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the fork server still imports torch: the child is there only after `close` has looked."""
+    executor = LocalExecutor()
+    hide = executors._without_main
+
+    @contextlib.contextmanager
+    def start() -> Iterator[None]:
+        with hide():
+            yield
+        executor.close()
+
+    monkeypatch.setattr(executors, "_without_main", start)
+    limits = SimpleNamespace(timeout_seconds=60, memory_gib=None)
+    job = SimpleNamespace(stage="evaluate", trial=SimpleNamespace(limits=limits, asleep=Asleep()))
+    outcome = executor.run(cast(Any, job), tmp_path / "log.txt", lambda *_: None)
+    assert outcome.failure is not None
+    assert (outcome.failure.kind, outcome.failure.signal) == ("signal", "SIGKILL")
+
+
+def test_a_display_that_fails_leaves_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = LocalExecutor()
+    children: list[Any] = []
+
+    def watch(child: Any, *_: Any) -> None:
+        children.append(child)
+        raise ValueError("no terminal")
+
+    monkeypatch.setattr(executor, "_watch", watch)
+    job = SimpleNamespace(stage="evaluate", trial=SimpleNamespace(asleep=Asleep()))
+    with pytest.raises(ValueError, match="no terminal"):
+        executor.run(cast(Any, job), tmp_path / "log.txt", lambda *_: None)
+    assert not children[0].is_alive()
+
+
+# -- what waits to be profiled ----------------------------------------------------------------------------------
+
+
+def profiled(suites: Any, evaluated: Path, spans: Path, seconds: float) -> str:
+    """Two trials side by side whose evaluators and profilers leave a line each."""
+    tables = "".join(
+        f'[[{kind}s]]\nname = "span-{name}"\noptions.file = "{path}"\noptions.kind = "{name}"\n'
+        f"options.seconds = {seconds if name == 'profile' else 0}\n"
+        for kind, name, path in (("evaluator", "eval", evaluated), ("profiler", "profile", spans))
+    )
+    text: str = suites.text('[{ name = "rtn", budget = "free" }]', top="limits = { workers = 2 }", tables=tables)
+    return text
+
+
+@pytest.mark.slow
+def test_stopped_while_trials_are_profiled(evenbits: Any, here: Any, suites: Any, tmp_path: Path) -> None:
+    """Ctrl-C ends the run at once; what was evaluated is kept, and only profiled when the run is resumed."""
+    evaluated, spans, suite = tmp_path / "evaluated.txt", tmp_path / "spans.txt", tmp_path / "suite.toml"
+    text = profiled(suites, evaluated, spans, 3)
+    suite.write_text(text)
+    process = evenbits.popen("run", suite, "--results", tmp_path / "results", "--no-report")
+    try:
+        deadline = time.monotonic() + 100
+        logs = list[Path]()
+        while not any("== profile" in path.read_text() for path in logs):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.05)
+            logs = list(tmp_path.glob("results/runs/tiny/*/log.txt"))
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert not spans.exists()  # neither the profiler at work nor the one that waited for it came to its end
+    waiting = evenbits.records()
+    assert [(record.status, record.failure.message) for record in waiting] == [("failed", UNPROFILED)] * 2
+    assert all(record.metric("perplexity") is not None for record in waiting)
+    records, _ = here.run(text)
+    assert len(evaluated.read_text().splitlines()) == len(spans.read_text().splitlines()) == 2
+    for before, after in zip(waiting, records, strict=True):
+        assert after.status == "done"
+        assert after.metrics == before.metrics
+        assert (after.started, after.seconds["evaluate"]) == (before.started, before.seconds["evaluate"])
+        assert read_items(tmp_path / "results/runs/tiny" / after.trial, after.metrics[0]) is not None
+
+
+def test_a_profiler_that_fails_costs_no_evaluation(here: Any, suites: Any) -> None:
+    evaluated, spans = here.folder / "evaluated.txt", here.folder / "later" / "spans.txt"
+    text = profiled(suites, evaluated, spans, 0)
+    failed, _ = here.run(text)
+    assert [record.failure.stage for record in failed] == ["profile"] * 2  # its file has no folder
+    spans.parent.mkdir()
+    folder = here.folder / "results/runs/tiny" / failed[1].trial
+    (folder / failed[1].metrics[0].items).unlink()  # of this one not all is there
+    records, notes = here.run(text)
+    assert [record.status for record in records] == ["done"] * 2
+    assert set(notes.stages) == {("dense", "profile"), ("rtn", "evaluate"), ("rtn", "profile")}
+    assert len(evaluated.read_text().splitlines()) == 3
+    assert [record.metrics for record in records] == [record.metrics for record in failed]
+    assert records[1].comparable() == read_record(folder / "record.json").comparable()
+
+
+class Scripted:
+    """An executor of another kind: every stage that measures finds what it is told to."""
+
+    workers = 2
+
+    def __init__(self, **found: Sequence[Measurement]) -> None:
+        self.found = found
+
+    def run(self, job: Job, log: Path, report: Any) -> StageOutcome:
+        result = StageResult(seconds=1.0)
+        for finding in self.found.get(job.stage, ()):
+            take(result, Stage("scripted", {}, ""), finding)
+        return StageOutcome(result, None, 1.0, 0)
+
+    def close(self) -> None: ...
+
+
+class Chained(Scripted):
+    """Makes what is missing of a chain, 10 seconds a link; the first link takes 7 bytes, later ones 5."""
+
+    def run(self, job: Job, log: Path, report: Any) -> StageOutcome:
+        missing = [key for key in job.trial.chain if not (job.artifacts / key / "manifest.json").is_file()]
+        for key in missing:
+            (job.artifacts / key).mkdir(parents=True)
+            (job.artifacts / key / "manifest.json").touch()
+        peak = 7 if missing[:1] == list(job.trial.chain[:1]) else 5
+        seconds = 10.0 * len(missing) if job.stage == "compress" else 1.0
+        return StageOutcome(StageResult(seconds=seconds, device_peak_bytes=10 * peak), None, seconds, peak)
+
+
+@pytest.mark.parametrize("first", ["plain", "tuned"])
+def test_what_compressing_took_counts_all_links(here: Any, suites: Any, first: str) -> None:
+    """Whoever made the first link; a peak that nobody measured by itself is left out."""
+    tuned = '{ name = "rtn", label = "tuned", budget = "free", recovery = ["distill"] }'
+    plain = '{ name = "rtn", label = "plain", budget = "free" }'
+    methods = f"[{', '.join([plain, tuned] if first == 'plain' else [tuned, plain])}]"
+    plan = here.plan(suites.text(methods))
+    records = Run(plan, load_plugins(), Results(here.folder / "results"), Chained()).go()
+    found = by_label(records)
+    assert found["tuned"].seconds["compress"] == 20
+    assert (found["tuned"].peaks["compress"], found["tuned"].peaks["compress_device"]) == (7, 70)
+    assert found["plain"].seconds.get("compress") == (10 if first == "plain" else None)
+    assert found["plain"].peaks.get("compress") == (7 if first == "plain" else None)
+
+
+@pytest.mark.parametrize("of", ["record.json", "choices.jsonl"])
+def test_a_disk_that_fills_while_a_record_is_written(
+    here: Any, suites: Any, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    """One line, no half files, and what a trial that waits to be profiled was evaluated to is good for the next run."""
+    found = Measurement("acc", 1.0, "points", "higher", items=np.ones(2), attachments={"choices.jsonl": b"{}"})
+    cost = Measurement("ms", 1.0, "ms", "lower", volatile=True, attachments={"times.txt": b"1"})
+    text = profiled(suites, here.folder / "e", here.folder / "p", 0)
+    plan, results = here.plan(text), Results(here.folder / "results")
+    real, calls = os.replace, 0
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += Path(target).name == of
+        if Path(target).name == of and calls > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(ArtifactError, match="the disk is full"):
+            Run(plan, load_plugins(), results, Scripted(evaluate=[found], profile=[cost])).go()
+    assert list(here.folder.glob("results/runs/tiny/*/.*")) == []
+    kept = [read_record(path) for path in here.folder.glob("results/runs/tiny/*/record.json")]
+    assert [record.failure.message for record in kept if record.failure] == [UNPROFILED]
+    for record in Run(plan, load_plugins(), results, Scripted(evaluate=[found], profile=[cost])).go():
+        folder = results.trial_folder("tiny", record.trial)
+        assert [metric.name for metric in record.metrics] == ["acc", "ms"]
+        assert {path.name for path in folder.iterdir()} >= {"items-acc.npy", "choices.jsonl", "times.txt"}
+
+
+@pytest.mark.parametrize(("name", "file"), [("same", "p.txt"), ("other", "e.txt")])
+def test_a_profiler_cannot_overwrite_an_evaluators_numbers(here: Any, suites: Any, name: str, file: str) -> None:
+    def found(name: str, file: str) -> list[Measurement]:
+        return [Measurement(name, 1.0, "points", "higher", items=np.ones(2), attachments={file: b"x"})]
+
+    plan = here.plan(profiled(suites, here.folder / "e", here.folder / "p", 0))
+    executor = Scripted(evaluate=found("same", "e.txt"), profile=found(name, file))
+    for record in Run(plan, load_plugins(), Results(here.folder / "results"), executor).go():
+        assert record.failure is not None
+        assert "of an evaluator and one of a profiler" in record.failure.message
+        assert [metric.name for metric in record.metrics] == ["same"]
 
 
 # -- bad input --------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import importlib
 import json
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -252,6 +254,20 @@ def test_code_that_a_load_imports_is_not_its_memory(tmp_path: Path, monkeypatch:
     assert found["memory_inference_bytes"].value < 0.5 * ballast
 
 
+def test_what_a_first_load_makes_once_is_not_its_memory() -> None:
+    """Not only imports: threads and tables of libraries, some 20 MB for the first model that a process opens."""
+    kept: list[torch.Tensor] = []
+
+    def build() -> LlamaForCausalLM:
+        if not kept:
+            kept.append(torch.ones(128 * MEBIBYTE, dtype=torch.uint8))
+        return tiny_llama()
+
+    found = profile(LlamaSubject(build=build))
+    assert found["memory_load_bytes"].value < 64 * MEBIBYTE
+    assert found["memory_inference_bytes"].value < 64 * MEBIBYTE
+
+
 def test_memory_counts_the_weights() -> None:
     small = profile(LlamaSubject())["memory_inference_bytes"]
     large = profile(LlamaSubject(build=lambda: tiny_llama(hidden=1024)))["memory_inference_bytes"]
@@ -402,3 +418,34 @@ def test_the_collector_is_left_as_it_was() -> None:
     frozen = gc.get_freeze_count()
     profile(LlamaSubject())
     assert gc.get_freeze_count() == frozen
+
+
+def test_many_steps_take_no_memory() -> None:
+    """2000 draws of these timings at once would be 160 MB."""
+    timings = np.random.default_rng(0).normal(10, 1, size=(20, 500))
+    tracemalloc.start()
+    low, high = bootstrap_median(timings, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert low < np.median(timings) < high
+    assert peak < 8 * MEBIBYTE
+
+
+def test_what_torch_keeps_of_an_earlier_stretch_is_given_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML counts it: it would stand in the baseline of a second load, and in the peak of a smaller batch."""
+    held = {"kept": 900, "allocated": 100}
+    cuda = {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: held["allocated"],
+        "max_memory_allocated": lambda device: held["allocated"],
+        "empty_cache": lambda: held.update(kept=0),
+    }
+    for name, replacement in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+    board = SimpleNamespace(held_bytes=lambda: held["kept"] + held["allocated"], tells_own=True)
+    with memory.DevicePeak(torch.device("cuda"), cast(Any, board)) as peak:
+        held["allocated"] = 500
+    assert peak.nvml is not None
+    assert (peak.nvml.baseline, peak.nvml.peak) == (100, 500)
+    assert (peak.baseline, peak.value) == (100, 500)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -26,6 +27,7 @@ from evenbits.record import (
     MetricFacts,
     ModelFacts,
     Record,
+    SampleFacts,
     write_record,
 )
 from evenbits.store import Results
@@ -372,6 +374,39 @@ def test_the_active_run_of_the_process_is_left_alone(context: Context) -> None:
     run(context, record("t1"))
     assert mlflow.active_run() is None
     assert mlflow.get_tracking_uri() == uri
+
+
+def test_files_samples_and_remarks_are_mirrored(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files go along, a large and a missing one are named; two metrics share a file, which goes once."""
+    monkeypatch.setattr("evenbits_mlflow.deliver.LARGEST_FILE", 300)
+
+    def metric(name: str, *attachments: str) -> MetricFacts:
+        return MetricFacts(
+            name=name, value=1.0, unit="", better="higher", source="t", fingerprint="f1", items=f"items-{name}.npy",
+            attachments=attachments,
+        )  # fmt: skip
+
+    made = record(
+        "t1",
+        metrics=(metric("acc", "choices.jsonl", "large.jsonl"), metric("norm", "choices.jsonl", "lost.jsonl")),
+        samples=(SampleFacts(source="samples", prompt="Once ```", text=" upon"),),
+        remarks=("energy: no meter", "samples: short"),
+    )
+    items = {f"items-{name}.npy": np.ones(3) for name in ("acc", "norm")}
+    Results(context.results).write_plan("night", ["t1"])
+    on_plan(context=context)  # type: ignore[arg-type]
+    folder = store(context, made)
+    write_record(folder, made, items, {"choices.jsonl": b"{}", "large.jsonl": bytes(301)})
+    on_record(record=made, folder=folder, context=context)  # type: ignore[arg-type]
+    assert context.notices == []
+    done = runs(context)[1]["t1"]
+    assert artifacts(context, done.info.run_id) == {
+        "record.json", "manifest.json", "samples.md", "choices.jsonl", "items-acc.npy", "items-norm.npy",
+    }  # fmt: skip
+    assert done.data.tags["evenbits.not_mirrored"] == "large.jsonl (301 bytes), lost.jsonl (not there)"
+    assert done.data.tags["evenbits.remarks"] == "energy: no meter\nsamples: short"
+    page = Path(client(context).download_artifacts(done.info.run_id, "samples.md", str(context.results)))
+    assert "````text\nOnce ```| upon\n````\n" in page.read_text()
 
 
 def test_odd_names_long_texts_and_infinities_are_made_acceptable() -> None:

@@ -211,6 +211,33 @@ def test_uniform_model_has_the_vocabulary_as_perplexity(tmp_path: Path) -> None:
     assert (result.details["windows"], result.details["predictions"]) == (7, 21)
 
 
+class Steep(torch.nn.Module):
+    """Sure of token 0, however wrong that is: the loss of any other is `wrong`."""
+
+    config = SimpleNamespace()
+
+    def __init__(self, wrong: float) -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        logits = torch.zeros(*input_ids.shape, 8)
+        logits[..., 0] = self.wrong
+        return SimpleNamespace(logits=logits)
+
+
+def test_an_interval_too_wide_for_a_float_is_no_failure(tmp_path: Path) -> None:
+    """Two windows, of losses 0 and 600: what is known of the mean goes from nothing to more than exp can hold."""
+    subject = LocalSubject(Steep(600.0), Digits())
+    result = evaluate(subject, corpus=digits(tmp_path, "1000" + "1111"), context=4)
+    assert result.items is not None
+    assert result.items == pytest.approx([0, 600])
+    assert result.details["loss"] == pytest.approx(300)
+    assert result.low is not None
+    assert result.high is not None
+    assert 1 <= result.low <= result.value < result.high < math.inf
+
+
 def test_failures_are_named(tmp_path: Path) -> None:
     subject = LocalSubject(Broken(), Digits())
     with pytest.raises(TrialFailed, match="not finite in window 2 "):

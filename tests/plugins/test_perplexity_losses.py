@@ -18,7 +18,7 @@ from evenbits.errors import TrialFailed
 from evenbits.measure import Measurement, Text, fingerprint_id
 from evenbits.plugins import load_plugins
 from evenbits.subject import MeasuredModel
-from evenbits.testing import compress_model
+from evenbits.testing import compress_model, tiny_model, tiny_text
 from evenbits_perplexity import losses
 from evenbits_perplexity.encoding import encode_located
 from evenbits_perplexity.evaluator import PerplexityEvaluator
@@ -189,6 +189,24 @@ def test_a_real_model_streamed_gives_the_same_figure(data: Path, tmp_path: Path,
     assert fingerprint_id(block.fingerprint) == fingerprint_id(whole.fingerprint)
     assert block.fingerprint["attention"]
     assert block.fingerprint["logits_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("memory", ["model", "block"])
+def test_what_the_model_has_no_row_for_is_named(tmp_path: Path, memory: str) -> None:
+    """On a GPU an index out of range would end the process."""
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text(300))
+    corpus = {"name": "text", "path": str(text)}
+    for kind in ("gpt2", "opt"):
+        tiny_model(tmp_path / kind, kind)
+        subject = MeasuredModel(REGISTRY, tmp_path / kind, False, "float32", CPU, 0, {})
+        with pytest.raises(TrialFailed, match=r"^a text of 129 tokens, and the model has 128 positions: "):
+            evaluate(subject, corpus=corpus, context=129, memory=memory)
+        assert len(evaluate(subject, corpus=corpus, context=128, max_windows=1, memory=memory)) == 1
+    subject._tokenizer = Letters()  # "n" is 13
+    text.write_text("z" * 30 + "\u0089" * 30)  # 40
+    with pytest.raises(TrialFailed, match=r"^the tokenizer gives token 40, and the model's vocabulary ends at 35: "):
+        evaluate(subject, corpus=corpus, context=16, memory=memory)
 
 
 # -- words and bytes -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from evenbits.measure import Measurement, Text, fingerprint_id
 from evenbits_corpora import provide_corpora
 from evenbits_corpora.wikipages import articles, detokenize
 from evenbits_perplexity import provide_evaluators
-from evenbits_perplexity.counts import FAMILIES, check_text, check_tokens, known_tokens
+from evenbits_perplexity.counts import FAMILIES, WHOLE, Family, check_text, check_tokens, known_tokens
 from evenbits_perplexity.options import PerplexityOptions
 from evenbits_perplexity.windows import cut_windows
 
@@ -245,9 +245,25 @@ def test_articles_put_the_raw_file_together_again(data: Path) -> None:
     assert sum(len(re.split(r"\s+", article)) for article in found) == 241_211 + 2 * 62
 
 
-def family_tokenizer(index: int) -> Any:
-    family = FAMILIES[index]
-    return SimpleNamespace(vocab_size=family.vocabulary, get_vocab=lambda: dict(family.entries), bos_token_id=1)
+class Known:
+    """Looks like a family's tokenizer; further entries stand behind its vocabulary."""
+
+    bos_token_id = 1
+
+    def __init__(self, family: Family, *added: str, hello: int | None = None) -> None:
+        self.vocab_size = family.vocabulary
+        self.vocabulary = {**family.entries, **{token: self.vocab_size + i for i, token in enumerate(added)}}
+        self.hello = family.hello if hello is None else hello
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": [self.hello]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocabulary
+
+
+def family_tokenizer(index: int, *added: str, hello: int | None = None) -> Any:
+    return Known(FAMILIES[index], *added, hello=hello)
 
 
 def test_known_token_counts(data: Path) -> None:
@@ -266,6 +282,10 @@ def test_known_token_counts(data: Path) -> None:
     assert [known_tokens(text, family_tokenizer(index)) for index in range(3)] == list(FAMILIES)
     mistral = SimpleNamespace(vocab_size=32_000, get_vocab=lambda: {"<0x0A>": 13, "\u2581the": 272})
     assert known_tokens(text, mistral) is None
+    # derived ones count as the family where what was added cannot change the figure, and not where it does
+    assert known_tokens(text, family_tokenizer(0, "<pad>", "[INST]")) == FAMILIES[0]
+    assert known_tokens(text, family_tokenizer(1, "  ")) is None  # Phi: two rows hold two spaces
+    assert known_tokens(text, family_tokenizer(1, hello=18435)) is None  # a space in front of the text
     part = read("wikitext2", path=str(data / "text" / "wiki.test.raw"), documents=9)
     assert known_tokens(part, family_tokenizer(0)) is None
     assert check_text(part)["documents"] == 9
@@ -287,6 +307,34 @@ def test_other_text_under_a_known_name(stories: Subject, data: Path, tmp_path: P
         evaluate(stories, protocol="c4", path=demo, context=64)
 
 
+def test_a_copy_with_other_line_ends_is_the_same_text(data: Path, tmp_path: Path) -> None:
+    raw = (data / "text" / "wiki.test.raw").read_bytes()
+    for name, content in (("wiki.test.raw", raw.replace(b"\n", b"\r\n")), ("wiki.test.txt", raw.removesuffix(b"\n"))):
+        (tmp_path / name).write_bytes(content)
+        text = read("wikitext2", path=str(tmp_path / name))
+        assert check_text(text) == {"documents": 4358, "words": 241_211, "bytes": 1_296_370}
+        assert text.joined() == read("wikitext2", path=str(data / "text" / "wiki.test.raw")).joined()
+
+
+def test_wikitexts_other_splits_are_known_by_their_bytes(data: Path) -> None:
+    """The data set's card counts 4 bytes a row on top of the text; 1,134,123 for the file with <unk> in it."""
+    path = data / "text" / "wiki.valid.tokens"
+    text = read("wikitext2", path=str(path), split="validation")
+    assert sum(len(row.encode()) for row in text.documents) + 4 * 3760 == 1_134_123
+    for split, card, rows in (
+        ("test", 1_305_088, 4358),
+        ("validation", 1_159_288, 3760),
+        ("train", 11_061_717, 36_718),
+    ):
+        known = WHOLE["wikitext2", split]
+        assert (known.documents, known.bytes) == (rows, card - 4 * rows + 2 * (rows - 1))
+    with pytest.raises(
+        TrialFailed, match=r"has 3,760 documents of 1,126,601 bytes; .*3,760 documents of 1,151,766 bytes;"
+    ):
+        check_text(text)
+    assert check_text(read("wikitext2", path=str(path), split="validation", join=" "))["documents"] == 3760
+
+
 class Llama:
     """Has Llama-2's vocabulary by its looks, and makes a token of every character."""
 
@@ -294,7 +342,8 @@ class Llama:
     bos_token_id = 1
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
-        return {"input_ids": [1] * add_special_tokens + [2] * len(text)}
+        words = [FAMILIES[0].hello] if text == "Hello" else [2] * len(text)
+        return {"input_ids": [1] * add_special_tokens + words}
 
     def get_vocab(self) -> Mapping[str, int]:
         return FAMILIES[0].entries

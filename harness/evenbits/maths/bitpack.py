@@ -40,18 +40,20 @@ def pack(codes: Tensor, width: int) -> Tensor:
     return packed
 
 
-def unpack(packed: Tensor, width: int, count: int) -> Tensor:
-    """Undo `pack`: int64 (count,) on the device of `packed`.
+def unpack(packed: Tensor, width: int, count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Undo `pack`: (count,) of `dtype`, an integer one, on the device of `packed`.
 
-    Raises ValueError for a width outside 1..16, a dtype other than uint8, or a length that is not
-    ceil(count * width / 8).
+    Raises ValueError for a width outside 1..16, a dtype other than uint8, a length that is not
+    ceil(count * width / 8), or a `dtype` that does not hold every code.
     """
     _check_packed(packed, width)
+    if (1 << width) - 1 > torch.iinfo(dtype).max:
+        raise ValueError(f"codes of {width} bits do not fit {dtype}")
     if count < 0 or packed.numel() != packed_bytes(count, width):
         raise ValueError(
             f"{count} codes of {width} bits are {packed_bytes(max(count, 0), width)} bytes, not {packed.numel()}"
         )
-    codes = torch.empty(count, dtype=torch.int64, device=packed.device)
+    codes = torch.empty(count, dtype=dtype, device=packed.device)
     for start in range(0, count, _CHUNK):
         length = min(_CHUNK, count - start)
         first = packed_bytes(start, width)

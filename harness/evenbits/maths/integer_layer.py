@@ -42,7 +42,7 @@ class IntegerLayerCompressor(LayerCompressor):
         tensors, bits = packed.tensors, self.options.bits
         groups = group_count(layer.in_features, self.options.group_size)
         scale = tensors["scale"]
-        codes = unpack(tensors["codes"], bits, layer.weights).view(layer.out_features, layer.in_features)
+        codes = unpack(tensors["codes"], bits, layer.weights, torch.uint8).view(layer.out_features, layer.in_features)
         if self.options.symmetric:
             zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int64, device=scale.device)
         else:

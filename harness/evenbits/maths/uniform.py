@@ -17,6 +17,7 @@ SCALE_DTYPE = torch.float16
 SHRINK_STEPS = 80  # clip search tries the factors 1 - i / 100 for i in 0..79
 ERROR_POWER = 2.4
 _WORKING_SET = 1 << 18  # elements at a time in the clip search, so that it stays in cache
+_RESTORED = 1 << 20  # elements restored at a time: what is needed on the way is several times the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,18 @@ def quantise_weight(weight: Tensor, grid: Grid, group: Tensor) -> Tensor:
 
 
 def dequantise(codes: Tensor, scale: Tensor, zero: Tensor, group: Tensor) -> Tensor:
-    """(out, in) float32 from codes (out, in), scale and zero (out, groups), group (in,); differentiable in scale."""
-    return (codes - zero[:, group]).float() * scale.float()[:, group]
+    """(out, in) float32 from codes (out, in), scale and zero (out, groups), group (in,).
+
+    Differentiable in scale, and in zero where that is a float.
+    """
+    if torch.is_grad_enabled() and (scale.requires_grad or zero.requires_grad):
+        return (codes - zero[:, group]).float() * scale.float()[:, group]
+    weight = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    rows = max(1, _RESTORED // codes.shape[1])
+    for i in range(0, codes.shape[0], rows):
+        part = slice(i, i + rows)
+        weight[part] = (codes[part] - zero[part][:, group]).float().mul_(scale[part].float()[:, group])
+    return weight
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,10 @@ def test_chunks_join_without_a_seam(width: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bitpack, "_CHUNK", 16)
     assert torch.equal(pack(codes, width), whole)
     assert torch.equal(unpack(whole, width, codes.numel()), codes.flatten())
+    narrow = torch.uint8 if width <= 8 else torch.int32
+    found = unpack(whole, width, codes.numel(), narrow)
+    assert found.dtype == narrow
+    assert torch.equal(found.long(), codes.flatten())
     assert torch.equal(pack(codes.t(), width), pack(codes.t().contiguous(), width))  # row-major of what is passed
 
 
@@ -74,6 +78,9 @@ def test_refuses_floats_and_wrong_lengths() -> None:
         unpack(torch.zeros(2, dtype=torch.int64), 3, 3)
     with pytest.raises(ValueError, match="1 to 16"):
         unpack(torch.zeros(2, dtype=torch.uint8), 0, 0)
+    for width, dtype in ((9, torch.uint8), (8, torch.int8), (16, torch.int16)):
+        with pytest.raises(ValueError, match=f"codes of {width} bits do not fit {dtype}"):
+            unpack(torch.zeros(width, dtype=torch.uint8), width, 8, dtype)
 
 
 @given(coded(), st.data())

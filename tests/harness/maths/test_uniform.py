@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from evenbits.maths import uniform
 from evenbits.maths.uniform import (
     dequantise,
     fit_grid,
@@ -31,6 +32,31 @@ def below(scale: torch.Tensor) -> torch.Tensor:
     """The float16 at or next below."""
     near = scale.half()
     return torch.where(near.float() > scale, torch.nextafter(near, torch.zeros_like(near)), near)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+@pytest.mark.parametrize("at_once", [1, 300, 10_000])
+def test_restored_in_parts_it_is_what_one_formula_gives(
+    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(16, (7, 100), generator=generator).to(dtype)
+    scale = torch.rand(7, 4, generator=generator).half()
+    zero = torch.randint(16, (7, 4), generator=generator)
+    group = group_of_column(100, 32)
+    expected = (codes.double() - zero.double()[:, group]).float() * scale.float()[:, group]
+    monkeypatch.setattr(uniform, "_RESTORED", at_once)
+    for zeros in (zero, zero.int(), zero.float()):
+        assert torch.equal(dequantise(codes, scale, zeros, group), expected)
+    for tuned in ("scale", "zero"):
+        leaves = {"scale": scale.float(), "zero": zero.float()}
+        leaves[tuned].requires_grad_()
+        weight = dequantise(codes, leaves["scale"], leaves["zero"], group)
+        assert torch.equal(weight, expected)
+        weight.sum().backward()  # type: ignore[no-untyped-call]
+        assert leaves[tuned].grad is not None
+        with torch.no_grad():
+            assert torch.equal(dequantise(codes, leaves["scale"], leaves["zero"], group), expected)
 
 
 def test_groups_cover_the_columns_and_the_last_is_short() -> None:

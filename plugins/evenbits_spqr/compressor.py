@@ -78,7 +78,9 @@ class SpqrCompressor(LayerCompressor):
 
     def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
         options, tensors = self.options, packed.tensors
-        codes = unpack(tensors["codes"], options.bits, layer.weights, torch.uint8).view(layer.out_features, layer.in_features)
+        codes = unpack(tensors["codes"], options.bits, layer.weights, torch.uint8).view(
+            layer.out_features, layer.in_features
+        )
         scale, zero = read_statistics(tensors, layer, options)
         if has_group_index(options, layer):
             group = unpack(tensors["group_index"], index_width(scale.shape[1]), layer.in_features)

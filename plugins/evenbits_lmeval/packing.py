@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evenbits_lmeval.trie import Layout, Prefixes, Row, cut_rows, lay_out, sort_prefixes
+from evenbits.errors import TrialFailed
+from evenbits_lmeval.trie import Array, Layout, Prefixes, Row, cut_rows, lay_out, sort_prefixes
 
 CHUNK_ELEMENTS = 1 << 24  # of float32 logits at a time when they are normalised: 64 MiB
 # What a row costs beside its tokens in the linear layers, in tokens' worth, measured on a 50M Llama on two CPU cores:
@@ -31,14 +32,15 @@ TOLERANCE_NATS = {torch.float32: 1e-4, torch.float64: 1e-6}
 PROBE_TOKENS = 6  # at least, so that the sequences made of them differ
 HALF_UNITS = 8
 HALF_NOISES = 4
+NO_NUMBER = "lm-eval: the model's log-probabilities are not numbers (NaN); another dtype helps where halves overflow"
 
 
 @dataclass(frozen=True)
 class Request:
     """Score `targets` as what follows each of the last len(targets) of `tokens`: 1 <= len(targets) <= len(tokens)."""
 
-    tokens: Sequence[int]
-    targets: Sequence[int]
+    tokens: Sequence[int] | Array
+    targets: Sequence[int] | Array
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ class TreeForward:
         self._head = head if isinstance(head, torch.nn.Module) else None
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[list[int], list[Score]]]:
-        """Numbers of the requests scored by one forward pass, and their scores, pass after pass; every request once."""
+        """Numbers of the requests scored by one forward pass, and their scores, pass after pass; every request once.
+
+        Raises ValueError at a score that is not a number.
+        """
         if not requests:
             return
         prefixes = sort_prefixes([request.tokens for request in requests])
@@ -97,6 +102,8 @@ class TreeForward:
         values, likeliest = self.log_probabilities(
             layouts, batch.length, np.concatenate(places), np.concatenate(targets)
         )
+        if np.isnan(values).any():
+            raise ValueError("log-probabilities are not numbers (NaN)")
         bounds = np.cumsum([0, *(len(wanted) for wanted in targets)])
         scores = [
             Score(float(values[low:high].sum()), bool(likeliest[low:high].all()))
@@ -151,8 +158,8 @@ class TreeForward:
         arguments = {name: value for name, value in arguments.items() if self._accepts(name)}
         with torch.inference_mode(), _only(self._head, keep, count * length):
             logits: Tensor = self.model(**arguments).logits
-        vocabulary = logits.shape[-1]
-        return logits.reshape(-1, vocabulary) if self._head is not None else logits.reshape(-1, vocabulary)[keep]
+        flat = logits.reshape(-1, logits.shape[-1])
+        return flat if len(flat) == len(keep) else flat[keep]  # all are there where no module of a head was called
 
     def _mask(self, allowed: Tensor) -> Tensor:
         """SDPA takes booleans whatever the dtype of the queries; other implementations add the mask to the scores."""
@@ -187,37 +194,63 @@ def attention_share(model: torch.nn.Module) -> float:
     return ATTENTION_PENALTY * 2 * width * layers / max(weights, 1)
 
 
-def probe(forward: TreeForward, tokens: Sequence[int]) -> str | None:
+def probe(forward: TreeForward, tokens: Sequence[int], row_tokens: int) -> str | None:
     """None when packed scores equal those of sequences alone, else why they cannot be trusted, with the difference.
 
-    tokens: the longest sequence to be scored. Three are made of it: itself, one that shares its first half, and a short
-    one that shares nothing; each is scored at every position, alone as lm-eval does and packed in one row.
+    tokens: the longest sequence to be scored. row_tokens: the longest row to be packed: an attention that knows only
+    places in the row may reach too short just there. Each compared sequence is scored at every position, alone as
+    lm-eval does and packed: all in one row of that length, and a long and a short one as a batch with padding.
+    Raises TrialFailed for a model whose scores alone are not numbers.
     """
-    if len(tokens) < PROBE_TOKENS:
-        tokens = (list(tokens) * PROBE_TOKENS)[:PROBE_TOKENS]
     width = window(forward.model)
     if width is not None and len(tokens) > width:
         return f"the model's attention window ({width} tokens) is narrower than the longest request ({len(tokens)})"
-    half = len(tokens) // 2
-    short = max(2, len(tokens) // 6)
-    trials = [list(tokens), [*tokens[:half], *tokens[half:][::-1]], list(tokens[::-1][:short])]
+    whole, short, others = _trials(forward.model, tokens, row_tokens)
+    last = max(others)
+    trials = [whole, last, short]
     alone = [_alone(forward, [trial])[0] for trial in trials]
+    expected = torch.cat([*alone, alone[0], alone[2]])
+    if expected.isnan().any():
+        raise TrialFailed(NO_NUMBER)
     try:
-        packed = _packed(forward, trials)
+        row = _packed(forward, [[*trials, *(other for other in others if other not in trials)]], trials)
+        padded = _packed(forward, [[whole], [short]], trials)
     except Exception as error:  # whatever a model's code raises at a mask or positions that it does not know
         return failure(error)
-    apart = (torch.cat(alone) - torch.cat(packed)).abs()
+    found = torch.cat([row, padded])
+    apart = torch.where(found == expected, 0.0, (found - expected).abs())  # both may be -inf
     dtype = next(parameter.dtype for parameter in forward.model.parameters() if parameter.is_floating_point())
     if dtype in TOLERANCE_NATS:
         difference, allowed, kind = float(apart.max()), TOLERANCE_NATS[dtype], "a token"
     else:
-        batch = _alone(forward, [trials[0], trials[2]])  # what HFLM's own batches move
+        batch = _alone(forward, [whole, short])  # what HFLM's own batches move
         noise = (torch.cat([alone[0], alone[2]]) - torch.cat(batch)).square().mean().sqrt()
         difference, kind = float(apart.square().mean().sqrt()), "a token (RMS)"
         allowed = max(HALF_UNITS * torch.finfo(dtype).eps, HALF_NOISES * float(noise))
     if difference <= allowed:
         return None
     return f"packed scores differ from single ones by {difference:.2g} nats {kind}, more than {allowed:.2g}"
+
+
+def _trials(
+    model: torch.nn.Module, tokens: Sequence[int], row_tokens: int
+) -> tuple[list[int], list[int], list[list[int]]]:
+    """The sequence, a short one that shares nothing with it, and others that share its first half.
+
+    But for the short one, all as one tree have row_tokens nodes or more.
+    """
+    whole = list(tokens) if len(tokens) >= PROBE_TOKENS else (list(tokens) * PROBE_TOKENS)[:PROBE_TOKENS]
+    half = len(whole) // 2
+    own = len(whole) - 1 - half  # the last token is only a target
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", None) or config
+    vocabulary = int(getattr(config, "vocab_size", 0)) or max(whole) + 1
+    others = [
+        [*whole[:half], number % vocabulary, number // vocabulary % vocabulary, *whole[half + 2 :][::-1]]
+        for number in range(max(1, -(-(row_tokens - half) // own) - 1))
+    ]
+    short = [1 if whole[0] == 0 else 0, *whole[::-1][: max(1, len(whole) // 6 - 1)]]
+    return whole, short, others
 
 
 def failure(error: Exception) -> str:
@@ -252,14 +285,19 @@ def _alone(forward: TreeForward, trials: Sequence[Sequence[int]]) -> list[Tensor
     return found
 
 
-def _packed(forward: TreeForward, trials: Sequence[Sequence[int]]) -> list[Tensor]:
-    prefixes = sort_prefixes([trial[:-1] for trial in trials])
-    row = Row(0, len(prefixes.sequences), prefixes.nodes)
-    layout = lay_out(prefixes, row)
-    paths = [layout.paths[at] for at in prefixes.index.tolist()]
-    targets = [np.asarray(trial[1:], dtype=np.int64) for trial in trials]
-    values, _ = forward.log_probabilities([layout], row.size, np.concatenate(paths), np.concatenate(targets))
-    return list(torch.split(torch.from_numpy(values), [len(target) for target in targets]))
+def _packed(forward: TreeForward, rows: Sequence[Sequence[list[int]]], compared: Sequence[list[int]]) -> Tensor:
+    """As of `_alone`, for those of each row that are compared. Each row is one tree, all are one batch."""
+    trees = [sort_prefixes([trial[:-1] for trial in row]) for row in rows]
+    layouts = [lay_out(tree, Row(0, len(tree.sequences), tree.nodes)) for tree in trees]
+    length = max(tree.nodes for tree in trees)
+    places, targets = [], []
+    for number, (row, tree, layout) in enumerate(zip(rows, trees, layouts, strict=True)):
+        for trial, at in zip(row, tree.index.tolist(), strict=True):
+            if trial in compared:
+                places.append(layout.paths[at] + number * length)
+                targets.append(np.asarray(trial[1:], dtype=np.int64))
+    values, _ = forward.log_probabilities(layouts, length, np.concatenate(places), np.concatenate(targets))
+    return torch.from_numpy(values)
 
 
 def _accepted(model: torch.nn.Module) -> Any:

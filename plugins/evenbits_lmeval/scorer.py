@@ -8,25 +8,44 @@ max_length tokens instead of ending in an AssertionError, and a context of no to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evenbits.errors import TrialFailed
-from evenbits_lmeval.packing import Request, TreeForward, failure, probe
+from evenbits_lmeval.packing import NO_NUMBER, Request, TreeForward, failure, probe
+from evenbits_lmeval.trie import Array
 
 Encoding = Literal["joint", "apart"]
 Kind = Literal["auto", "tree", "hflm"]
 Tokens = list[int]
 Pair = tuple[tuple[str, str] | None, Tokens, Tokens]  # what lm-eval's caches call it, context, continuation
 
+ENCODED_TOGETHER = 1024  # requests whose texts and token lists are in memory at a time
 CPU_TOKENS = 768
 ACCELERATOR_TOKENS = 8192
 LOGIT_BYTES = {"cpu": 1 << 30, "accelerator": 1 << 32}  # of one pass's float32 logits at most, were all of them made
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A request as it is scored: the last `scored` of `tokens` (int32), of which 1 or more are context."""
+
+    name: tuple[str, str] | None
+    tokens: Array
+    scored: int
+
+    @property
+    def pair(self) -> Pair:
+        tokens = self.tokens.tolist()
+        return self.name, tokens[: -self.scored], tokens[-self.scored :]
 
 
 class TreeLM(HFLM):  # type: ignore[misc]
@@ -49,10 +68,12 @@ class TreeLM(HFLM):  # type: ignore[misc]
         self.truncated = 0
         """Requests that lost tokens on the left, each time it was scored."""
         self.reason: str | None = "asked for" if kind == "hflm" else None
-        """Why HFLM scores; None where the trees do."""
+        """Why HFLM scored what was last asked for, in part or whole; None where the trees did."""
         self.progress = progress
         self._forward = TreeForward(self.model, batch_tokens or default_batch_tokens(self.model))
-        self._probed = 0  # the longest request that packed scores were checked for
+        self._probed = (0, 0)  # the longest request and the longest row that packed scores were checked for
+        self._gathered: list[Fitted] | None = None  # while requests are encoded that are to be scored all at once
+        self._silent = False
         self._encoded: dict[tuple[str, bool | None], Tokens] | None = None
 
     @property
@@ -98,53 +119,83 @@ class TreeLM(HFLM):  # type: ignore[misc]
 
         Encoding "apart" is that of lm-eval 0.3.0: context and continuation each by themselves, the continuation without
         special tokens, end of text for an empty context.
-        Raises TrialFailed for a continuation of no tokens.
+        Raises TrialFailed for a continuation of no tokens, and for a model whose scores are not numbers.
         """
-        self._encoded = {}
+        gathered: list[Fitted] = []
+        self._gathered = gathered
         try:
-            for context, continuation in (request.args for request in requests):
-                if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
-                    raise _nothing_to_score(context, continuation)
-            if self.encoding == "joint":
-                return list(super().loglikelihood(requests, disable_tqdm=disable_tqdm))
-            pairs: list[Pair] = []
-            for context, continuation in (request.args for request in requests):
-                before = [self.prefix_token_id] if context == "" else self.tok_encode(context)
-                after = self.tok_encode(continuation, add_special_tokens=False)
-                pairs.append(((context, continuation), before, after))
+            for low in range(0, len(requests), ENCODED_TOGETHER):
+                self._encode(requests[low : low + ENCODED_TOGETHER])
         finally:
-            self._encoded = None
-        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+            self._gathered = self._encoded = None
+        return self._answer(gathered, disable_tqdm, None)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Nats of each text. Progress is told of texts, not of windows, once all are scored."""
+        progress, self.progress, self._silent = self.progress, None, disable_tqdm
+        try:
+            found = list(super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
+        finally:
+            self.progress, self._silent = progress, False
+        if progress is not None:
+            progress(len(requests))
+        return found
+
+    def _encode(self, requests: list[Any]) -> None:
+        """Have the requests encoded and handed to _loglikelihood_tokens, which gathers them."""
+        self._encoded = {}
+        for context, continuation in (request.args for request in requests):
+            if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
+                raise _nothing_to_score(context, continuation)
+        if self.encoding == "joint":
+            super().loglikelihood(requests, disable_tqdm=True)
+            return
+        pairs: list[Pair] = []
+        for context, continuation in (request.args for request in requests):
+            before = [self.prefix_token_id] if context == "" else self.tok_encode(context)
+            after = self.tok_encode(continuation, add_special_tokens=False)
+            pairs.append(((context, continuation), before, after))
+        self._loglikelihood_tokens(pairs)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Pair], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        self._encoded = None  # all is encoded: the texts need not be kept while the model runs
         fitted = [self._fit(request) for request in requests]
-        if not fitted:
+        if self._gathered is not None:
+            self._gathered += fitted
+            return []
+        return self._answer(fitted, disable_tqdm, override_bs)
+
+    def _answer(self, requests: Sequence[Fitted], silent: bool, batch_size: int | None) -> list[tuple[float, bool]]:
+        silent = silent or self._silent
+        if not requests:
             return []
         if self.path == "tree":
-            self._check(fitted)
+            self._check(requests)
         if self.path == "hflm":
-            return self._by_hflm(fitted, disable_tqdm, override_bs)
-        return self._by_trees(fitted, disable_tqdm or self.rank != 0)
+            return self._by_hflm(requests, silent, batch_size)
+        return self._by_trees(requests, silent or self.rank != 0)
 
-    def _by_hflm(self, requests: Sequence[Pair], silent: bool, batch_size: int | None) -> list[tuple[float, bool]]:
-        self.logits_cache = not _split_twice(requests)
+    def _by_hflm(self, requests: Sequence[Fitted], silent: bool, batch_size: int | None) -> list[tuple[float, bool]]:
+        pairs = [request.pair for request in requests]
+        self.logits_cache = not _split_twice(pairs)
         with self._counted():
-            return list(super()._loglikelihood_tokens(list(requests), disable_tqdm=silent, override_bs=batch_size))
+            found = list(super()._loglikelihood_tokens(pairs, disable_tqdm=silent, override_bs=batch_size))
+        if any(math.isnan(score) for score, _ in found):  # of choices lm-eval would take the first for the best
+            raise TrialFailed(NO_NUMBER)
+        return found
 
-    def _by_trees(self, requests: Sequence[Pair], silent: bool) -> list[tuple[float, bool]]:
+    def _by_trees(self, requests: Sequence[Fitted], silent: bool) -> list[tuple[float, bool]]:
         """Scores of fitted requests. A pass that fails leaves the rest to HFLM, unless trees are a must."""
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         # the last token of a continuation is only a target: it is not encoded
-        asked = [Request([*context, *continuation[:-1]], continuation) for _, context, continuation in requests]
+        asked = [Request(request.tokens[:-1], request.tokens[-request.scored :]) for request in requests]
         with tqdm(total=len(requests), disable=silent, desc="Running loglikelihood requests") as bar:
             try:
                 for numbers, scores in self._forward.score(asked):
                     for number, score in zip(numbers, scores, strict=True):
                         answer = answers[number] = (score.log_probability, score.greedy)
-                        name = requests[number][0]
+                        name = requests[number].name
                         if name is not None:  # a rolling window has no name: its text is cached as a whole
                             self.cache_hook.add_partial("loglikelihood", name, answer)
                     bar.update(len(numbers))
@@ -159,28 +210,29 @@ class TreeLM(HFLM):  # type: ignore[misc]
                 answers[number] = answer
         return [answer for answer in answers if answer is not None]
 
-    def _fit(self, request: Pair) -> Pair:
+    def _fit(self, request: Pair) -> Fitted:
         """The last max_length + 1 tokens of context and continuation, of which 1 or more are context."""
         name, context, continuation = request
         if not continuation:
             raise _nothing_to_score(*(name or ("", "")))
         context = context or [self.prefix_token_id]
-        over = len(context) + len(continuation) - (self.max_length + 1)
-        if over <= 0:
-            return name, context, continuation
-        self.truncated += 1
-        whole = [*context, *continuation][over:]
-        scored = min(len(continuation), self.max_length)
-        return name, whole[:-scored], whole[-scored:]
+        over = max(0, len(context) + len(continuation) - (self.max_length + 1))
+        self.truncated += over > 0
+        return Fitted(
+            name,
+            np.array([*context, *continuation][over:], dtype=np.int32),
+            min(len(continuation), self.max_length),
+        )
 
-    def _check(self, requests: Sequence[Pair]) -> None:
-        """Compare packed scores with single ones on the longest request, unless one as long was compared before."""
-        longest = max(requests, key=lambda request: len(request[1]) + len(request[2]))
-        tokens = [*longest[1], *longest[2]]
-        if len(tokens) <= self._probed:
+    def _check(self, requests: Sequence[Fitted]) -> None:
+        """Compare packed scores with single ones on the longest request, in the longest row, unless done before."""
+        tokens = max((request.tokens for request in requests), key=len).tolist()
+        row = min(self._forward.batch_tokens, sum(len(request.tokens) for request in requests))
+        longest, longest_row = self._probed
+        if len(tokens) <= longest and row <= longest_row:
             return
-        self._probed = len(tokens)
-        reason = "no causal model" if self.backend != "causal" else probe(self._forward, tokens)
+        self._probed = max(len(tokens), longest), max(row, longest_row)
+        reason = "no causal model" if self.backend != "causal" else probe(self._forward, tokens, row)
         if reason is not None:
             self._decline(reason)
 

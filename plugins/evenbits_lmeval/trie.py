@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 class Prefixes:
     """Distinct sequences in lexicographic order."""
 
-    sequences: list[Array]  # int64 tokens each
+    sequences: list[Array]  # int32 tokens each
     shared: Array  # (n,) int64: tokens at the front in common with the sequence before; 0 for the first
     index: Array  # (given,) int64: where each given sequence stands in `sequences`
 
@@ -46,7 +46,7 @@ class Row:
 class Layout:
     """A row's nodes in the order in which they are encoded."""
 
-    tokens: Array  # (size,) int64
+    tokens: Array  # (size,) int32
     depths: Array  # (size,) int64: position of the node in its sequences
     paths: list[Array]  # for each sequence of the row, the nodes of its tokens from the front, (length,) int64
     starts: Array  # (sequences,) int64: where the nodes of its own begin
@@ -63,12 +63,12 @@ class Layout:
             mask[start:stop, above] = True
 
 
-def sort_prefixes(sequences: Sequence[Sequence[int]]) -> Prefixes:
+def sort_prefixes(sequences: Sequence[Sequence[int] | Array]) -> Prefixes:
     """Sort sequences (each of 1 or more ids, 0 <= id < 2^31), duplicates once, and count what neighbours share."""
     keys = [np.asarray(sequence, dtype=">u4").tobytes() for sequence in sequences]  # big-endian: bytes sort as ids do
     ordered = sorted(set(keys))
     place = {key: at for at, key in enumerate(ordered)}
-    arrays = [np.frombuffer(key, dtype=">u4").astype(np.int64) for key in ordered]
+    arrays = [np.frombuffer(key, dtype=">u4").astype(np.int32) for key in ordered]
     shared = np.zeros(len(arrays), dtype=np.int64)
     for at in range(1, len(arrays)):
         shared[at] = _common(arrays[at - 1], arrays[at])

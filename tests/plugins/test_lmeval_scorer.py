@@ -225,6 +225,79 @@ def test_a_model_deaf_to_mask_or_positions_is_found_out(tokenizer: Any) -> None:
         assert_same(ours, ask(hflm(model, tokenizer), PAIRS))
 
 
+@pytest.mark.parametrize("width", [28, 40])
+def test_an_attention_that_reaches_back_by_places_in_the_row_is_found_out(width: int, tokenizer: Any) -> None:
+    """Its window holds the longest request, but not the row in which that one shares its front with others."""
+    shape_ = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    model = random_model(tokenizer, "gpt_neo", window_size=width, max_position_embeddings=256, **shape_)
+    ends = [f" {a} {b} {c}" for a in ("cat", "dog", "tree") for b in ("house", "small", "again") for c in ("here", "a")]
+    pairs = [*PAIRS, *(("the red dog saw a", end) for end in ends)]
+    assert max(len(tokenizer("".join(pair))["input_ids"]) for pair in pairs) < width
+    lm = scorer(model, tokenizer, batch_tokens=200)
+    assert_same(ask(lm, pairs), ask(hflm(model, tokenizer), pairs))
+    assert "packed scores differ from single ones by" in lm.reason
+
+
+def test_a_probe_of_one_token_again_and_again_still_tells_models_apart(tokenizer: Any) -> None:
+    from evenbits_lmeval.packing import TreeForward, probe
+
+    for tokens in ([3] * 8, [0] * 8, [5, 5], [0], [1, 0, 1, 0, 1, 0]):
+        deaf = TreeForward(random_model(tokenizer, "mamba", state_size=4), 64)
+        assert probe(deaf, tokens, 64) is not None
+        assert probe(TreeForward(random_model(tokenizer, "llama"), 64), tokens, 64) is None
+
+
+def test_a_head_that_is_no_module_of_the_forward(tokenizer: Any) -> None:
+    model = random_model(tokenizer, "llama")
+    theirs = ask(hflm(model, tokenizer), PAIRS)
+
+    def forward(input_ids: torch.Tensor, **named: Any) -> Any:
+        hidden = model.model(input_ids, **named).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutputWithPast(
+            logits=torch.nn.functional.linear(hidden, model.lm_head.weight)
+        )
+
+    model.forward = forward
+    assert_same(ask(scorer(model, tokenizer, kind="tree"), PAIRS), theirs)
+
+
+@pytest.mark.parametrize("kind", ["auto", "tree", "hflm"])
+def test_scores_that_are_no_numbers_end_the_trial(kind: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval would take the first choice of every item."""
+    import evenbits_lmeval.scorer as module
+
+    model = random_model(tokenizer, "llama")
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        table[tokenizer("here", add_special_tokens=False)["input_ids"][-1]] = float("nan")
+    assert ask(scorer(model, tokenizer, kind=kind), PAIRS[:2])  # neither says it
+    monkeypatch.setattr(module, "probe", lambda *_: None)
+    lm = scorer(model, tokenizer, kind=kind)
+    with pytest.raises(TrialFailed, match="not numbers"):
+        ask(lm, PAIRS)
+    monkeypatch.undo()
+    with torch.no_grad():
+        table.fill_(float("nan"))
+    with pytest.raises(TrialFailed, match="not numbers"):
+        ask(scorer(model, tokenizer, kind=kind), PAIRS)
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+@pytest.mark.parametrize("encoding", ["joint", "apart"])
+def test_how_many_requests_are_encoded_at_a_time_changes_nothing(
+    together: int, encoding: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import evenbits_lmeval.scorer as module
+
+    model = random_model(tokenizer, "llama")
+    whole = scorer(model, tokenizer, encoding=encoding, max_length=12)
+    expected = ask(whole, PAIRS)
+    monkeypatch.setattr(module, "ENCODED_TOGETHER", together)
+    parts = scorer(model, tokenizer, encoding=encoding, max_length=12)
+    assert ask(parts, PAIRS) == expected  # to the last bit
+    assert parts.truncated == whole.truncated > 0
+
+
 def test_a_pass_that_fails_leaves_the_rest_to_hflm(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from evenbits_lmeval.packing import TreeForward
 
@@ -360,6 +433,23 @@ def test_rolling_windows_are_scored_as_hflm_scores_them(tokenizer: Any) -> None:
         for lm in (scorer(model, tokenizer, max_length=16, batch_size=4), hflm(model, tokenizer, max_length=16))
     )
     assert ours == pytest.approx(theirs, abs=NATS)
+
+
+@pytest.mark.parametrize("kind", ["tree", "hflm"])
+def test_progress_of_rolling_texts_counts_texts_and_shows_no_bars(
+    kind: str, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    told: list[int] = []
+    lm = scorer(random_model(tokenizer, "llama"), tokenizer, max_length=4, kind=kind, progress=told.append)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("the red dog saw a cat again", "a cat")]
+    capsys.readouterr()
+    lm.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert sum(told) == len(requests)
+    assert "requests" not in capsys.readouterr().err
+    assert len(ask(lm, PAIRS[:1])) == 1
+    assert sum(told) == len(requests) + 1
 
 
 def test_a_continuation_of_no_tokens_is_refused_in_one_line(tokenizer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -31,14 +31,20 @@ from evenbits_lmeval.sets import BLIMP, PARADIGMS
 class Run:
     """What a scored run knows beside its items.
 
-    fronts: by task, what stands in front of its first request. softmax: the dtype in which logits were normalised.
+    fronts: by task, what stands in front of its first request. scored_by: by task, the scorer's path, reason and
+    batches. softmax: the dtype in which logits were normalised.
     """
 
     facts: Mapping[str, Any]
     fronts: Mapping[str, str | None]
-    scored_by: Mapping[str, Any]
+    scored_by: Mapping[str, Mapping[str, Any]]
     max_length: int
     softmax: str
+
+    def scored(self, tasks: Iterable[str]) -> Mapping[str, Any]:
+        """Of a figure over tasks: lm-eval's own way where it scored any of them."""
+        found = [self.scored_by[task] for task in tasks]
+        return next((each for each in found if each["scorer_reason"] is not None), found[0])
 
 
 @dataclass(frozen=True)
@@ -109,12 +115,13 @@ class LmEvalEvaluator:
             progress=advance,
         )
         fronts = {items.name: self._front(lm, items) for items in built}
-        for items in built:
-            score(lm, items, advance)
+        scored_by: dict[str, Mapping[str, Any]] = {}
         # where the softmax is alike the two ways to score agree within 1e-4 nats (float32), so which one it was is no
         # part of the protocol: a trial on a model that only lm-eval's own can score still stands in one column with
         # the others
-        scored_by = {"scorer": lm.path, "scorer_reason": lm.reason, "batches": dict(lm.policy)}
+        for items in built:
+            score(lm, items, advance)
+            scored_by[items.name] = {"scorer": lm.path, "scorer_reason": lm.reason, "batches": dict(lm.policy)}
         facts = {**subject.facts, "tokenizer": tokenizer_identity(subject.tokenizer)}
         softmax = str(lm.model.dtype).removeprefix("torch.") if lm.softmax_dtype is None else "float32"
         return Run(facts, fronts, scored_by, int(lm.max_length), softmax)
@@ -160,8 +167,10 @@ class LmEvalEvaluator:
         remarks = []
         if BLIMP in loaded.groups and (paradigms := len(loaded.groups[BLIMP].tasks)) < PARADIGMS:
             remarks.append(Remark(f"blimp_acc is over {paradigms} of BLiMP's {PARADIGMS} paradigms"))
-        if self.options.scorer == "auto" and run.scored_by["scorer_reason"] is not None:
-            remarks.append(Remark(f"scored by lm-eval's own HFLM: {run.scored_by['scorer_reason']}"))
+        slow = [name for name, each in run.scored_by.items() if each["scorer_reason"] is not None]
+        if self.options.scorer == "auto" and slow:
+            which = "" if len(slow) == len(built) else f" ({', '.join(slow)})"
+            remarks.append(Remark(f"scored by lm-eval's own HFLM{which}: {run.scored(slow)['scorer_reason']}"))
         cut = {items.name: truncated(items)[0] for items in built}
         if any(cut.values()):
             said = ", ".join(f"{count} of {name}" for name, count in cut.items() if count)
@@ -188,7 +197,7 @@ class LmEvalEvaluator:
         if (scores := choice_scores(items, items.hashes)) is not None:
             files[f"choices-{_file_name(items.name)}.npz"] = scores.to_bytes()
             cut = dict(zip(("truncated_items", "truncated_requests"), truncated(items), strict=True))
-        details = {**run.scored_by, **cut}
+        details = {**run.scored_by[items.name], **cut}
         measurements: list[Measurement] = []
         every: list[tuple[str, Column | Whole]] = [*found.items(), *others.items()]
         for metric, each in every:
@@ -226,7 +235,7 @@ class LmEvalEvaluator:
                 fields["mean"] = "of all items" if each.by_items else "of the tasks' means"
                 own = group.name == name
                 details = {
-                    **run.scored_by,
+                    **run.scored(part.name for part in over),
                     **(cut if own else {}),
                     "tasks": {part.name: part.column.value for part in over},
                 }
@@ -249,7 +258,7 @@ class LmEvalEvaluator:
         for name, metric, over in wanted:
             column, strata = mean_of(over, "acc")
             tasks = {part.name: part.column.value for part in over}
-            details = {**run.scored_by, "tasks": tasks}
+            details = {**run.scored(run.scored_by), "tasks": tasks}
             found.append(measured(name, column, joint_protocol(over, metric), details, strata=strata))
         return found
 

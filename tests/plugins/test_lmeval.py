@@ -257,6 +257,27 @@ def test_both_scorers_one_protocol_and_the_same_twice(data: Path, five: dict[str
     assert measured(local(data, "piqa", limit=4), data, model)["piqa_acc"].fingerprint != again.fingerprint
 
 
+def test_a_late_fallback_is_told_of_the_tasks_that_it_scored_alone(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evenbits_lmeval.packing import TreeForward
+
+    scored, rooms = TreeForward.score, iter([True, False])
+
+    def filling(forward: TreeForward, requests: Any) -> Any:
+        if not next(rooms):
+            raise RuntimeError("no room")
+        return scored(forward, requests)
+
+    monkeypatch.setattr(TreeForward, "score", filling)
+    found = LmEvalEvaluator(local(data, "piqa", "winogrande", "arc_easy", limit=3, mean="all")).evaluate(real(data))
+    figures = {each.name: each.details for each in found if isinstance(each, Measurement)}
+    paths = {name: figures[f"{name}_acc"]["scorer"] for name in ("piqa", "winogrande", "arc_easy")}
+    assert paths == {"piqa": "tree", "winogrande": "hflm", "arc_easy": "hflm"}
+    assert figures["piqa_acc"]["scorer_reason"] is None
+    assert "no room" in figures["all"]["scorer_reason"]
+    (said,) = [each.text for each in found if isinstance(each, Remark) and "HFLM" in each.text]
+    assert said.startswith("scored by lm-eval's own HFLM (winogrande, arc_easy): packed sequences fail")
+
+
 @pytest.mark.parametrize(("dtype", "seen"), [("float32", ["float32"] * 2), ("bfloat16", ["float32", "bfloat16"])])
 def test_the_dtype_of_the_softmax_is_part_of_the_protocol(folder: Path, dtype: str, seen: list[str]) -> None:
     """lm-eval's own way normalises half-precision logits in half precision: other scores."""

@@ -36,6 +36,7 @@ READING = {
     "executor": "the child processes",
     "record": "the one source of truth",
     "store": "a results folder",
+    "attempt": "one trial: compress, evaluate, profile",
     "run": "the loop over trials",
     "fingerprints": "in which fields two protocols differ",
     "statistics": "the bootstrap, on items",

@@ -156,13 +156,13 @@ def bill(shapes: ModelShapes, hidden: int, vocabulary: int, windows: int, contex
     }
 
 
-def table(rows: list[dict[str, Any]], environment: Mapping[str, Any], date: str) -> str:
+def table(rows: list[dict[str, Any]], environment: Mapping[str, Any], date: str, *, wide: bool) -> str:
     git = environment["git"] or {"commit": "unknown", "dirty": False}
     mib = 2**20
     lines = [
         f"# Perplexity with one block in memory\n\n{date}, commit {git['commit'][:12]}"
         f"{' (modified)' if git['dirty'] else ''}, {environment['processor']}, {environment['cores']} cores.\n"
-        "Written by `python tests/benchmarks/streaming.py --out results/bench`.\n",
+        f"Written by `python tests/benchmarks/streaming.py{' --wide' if wide else ''} --out results/bench`.\n",
         "Random Llamas, one window at a time. Peak: above what the imports take. In each pair the losses of the "
         "windows are the same, bit for bit.\n",
         "| blocks x hidden | dtype | stored | files, MiB | memory | peak, MiB | seconds | of the CPU | perplexity |\n"
@@ -201,7 +201,7 @@ def main() -> None:
     rows = measure_all(SMALL + (WIDE if arguments.wide else []))
     environment = describe_environment()
     date = datetime.now(UTC).date().isoformat()
-    text = table(rows, environment, date)
+    text = table(rows, environment, date, wide=arguments.wide)
     written = {
         "date": date,
         "environment": environment,

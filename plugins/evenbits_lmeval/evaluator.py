@@ -67,8 +67,8 @@ class LmEvalEvaluator:
         A task's are called "TASK_METRIC" ("piqa_acc"); their items stand in the task's order. Of a group, what lm-eval
         states for it: the mean over its tasks (of subgroups too), each counting alike, or by its items where the group
         says so; a group or tag without such a statement has only its tasks' metrics. Accuracies are shares of 1, higher
-        is better. low, high: 95 % over items, Wilson's of right or wrong answers, else the bootstrap's, for means within
-        each task. A metric that is no statistic of single items (F1, correlations) has neither items nor an interval.
+        is better. low, high: 95 % over items, Wilson's of right or wrong answers, else the bootstrap's, for means
+        within each task. A metric that is no statistic of single items (F1, correlations) has neither.
         A group's tasks are metrics of their own with the option `members`, else in the details of its figure ("tasks").
         The first measurement of a task, or of its group, holds the attachment choices-TASK.npz (see `ChoiceScores`).
         details: items; the scorer's path, its reason where lm-eval's own way was taken, its batches; truncated_items

@@ -166,7 +166,7 @@ class TreeForward:
         config = getattr(self.model, "config", None)
         if getattr(config, "_attn_implementation", None) == "sdpa":
             return allowed
-        dtype = next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+        dtype = _dtype(self.model)
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
             ~allowed, torch.finfo(dtype).min
         )
@@ -183,10 +183,19 @@ def join_rows(rows: Sequence[Row], batch_tokens: int) -> list[Batch]:
     return batches
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of the language part, where a model has others too; None where it has none."""
+    config = getattr(model, "config", None)
+    return getattr(config, "text_config", None) or config
+
+
+def _dtype(model: torch.nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
 def attention_share(model: torch.nn.Module) -> float:
     """What attention over s tokens costs, over s^2, in tokens' worth of the linear layers: 4 d L FLOPs to 2 P."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
+    config = text_config(model)
     width, layers = getattr(config, "hidden_size", 0), getattr(config, "num_hidden_layers", 0)
     weights = sum(
         parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim > 1 and "embed" not in name
@@ -219,7 +228,7 @@ def probe(forward: TreeForward, tokens: Sequence[int], row_tokens: int) -> str |
         return failure(error)
     found = torch.cat([row, padded])
     apart = torch.where(found == expected, 0.0, (found - expected).abs())  # both may be -inf
-    dtype = next(parameter.dtype for parameter in forward.model.parameters() if parameter.is_floating_point())
+    dtype = _dtype(forward.model)
     if dtype in TOLERANCE_NATS:
         difference, allowed, kind = float(apart.max()), TOLERANCE_NATS[dtype], "a token"
     else:
@@ -242,8 +251,7 @@ def _trials(
     whole = list(tokens) if len(tokens) >= PROBE_TOKENS else (list(tokens) * PROBE_TOKENS)[:PROBE_TOKENS]
     half = len(whole) // 2
     own = len(whole) - 1 - half  # the last token is only a target
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
+    config = text_config(model)
     vocabulary = int(getattr(config, "vocab_size", 0)) or max(whole) + 1
     others = [
         [*whole[:half], number % vocabulary, number // vocabulary % vocabulary, *whole[half + 2 :][::-1]]
@@ -259,8 +267,7 @@ def failure(error: Exception) -> str:
 
 def window(model: torch.nn.Module) -> int | None:
     """The narrowest attention window or chunk that the configuration speaks of, in tokens; a packed row ignores it."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
+    config = text_config(model)
     if getattr(config, "use_sliding_window", True) is False:
         return None
     found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]

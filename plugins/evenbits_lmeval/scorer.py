@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from evenbits.errors import TrialFailed
-from evenbits_lmeval.packing import NO_NUMBER, Request, TreeForward, failure, probe
+from evenbits_lmeval.packing import NO_NUMBER, Request, TreeForward, failure, probe, text_config
 from evenbits_lmeval.trie import Array
 
 Encoding = Literal["joint", "apart"]
@@ -307,7 +307,7 @@ def make_scorer(
 def default_batch_tokens(model: Any) -> int:
     """Tokens of one pass: measured to be best on a CPU, more on an accelerator, fewer where the vocabulary is large."""
     on_cpu = next(model.parameters()).device.type == "cpu"
-    config = getattr(model.config, "text_config", None) or model.config
+    config = text_config(model)
     room = LOGIT_BYTES["cpu" if on_cpu else "accelerator"] // (4 * max(1, int(getattr(config, "vocab_size", 0))))
     return max(256, min(CPU_TOKENS if on_cpu else ACCELERATOR_TOKENS, room))
 

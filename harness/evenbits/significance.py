@@ -2,10 +2,10 @@
 
 One seed each, right or wrong items: McNemar's exact test. One seed each, other items: the paired bootstrap. Several
 seeds: a t test that counts both sources of chance, seeds and items, as neither alone says how sure a difference is.
-Simulated with equal methods (150 items, seeds that scatter 2.5 times the standard error over items): at 5 % it raises
-a false alarm in 2 to 6 % of cases with one to five seeds a side, where a paired test on the seeds' mean does in 65 %,
-and ranges that must not overlap in 33 % (two seeds) and 9 % (three). The range of three seeds holds the true mean in
-70 % of cases, the interval here in 97 %.
+Simulated with equal methods (tests/benchmarks/significance.py: 150 items, seeds that scatter 2.5 times the standard
+error over items): at 5 % it raises a false alarm in 2 to 3 % of pairs with two to five seeds a side, where ranges that
+must not overlap do in 28 % (two seeds) and 11 % (three). The range of three seeds holds the true mean in 70 % of
+cases, the interval here in 96 %.
 Imports numpy alone; scipy inside functions.
 Source: McNemar, Psychometrika 12 (1947); Welch, Biometrika 34 (1947) and Satterthwaite, Biometrics Bulletin 2 (1946)
 for the degrees of freedom of a sum of variances; Cochran, Biometrics 20 (1964), for seeds and items together.
@@ -166,8 +166,8 @@ def against_best(p_values: Sequence[float]) -> list[float]:
 
     The best was picked by its number, so that it against the r-th is the widest of r (r - 1) / 2 differences: in a
     stretch of r methods each is held to its share r / k of the level, and none is told apart within a stretch that is
-    not. Adjusting for k - 1 comparisons (Holm) is not enough: simulated with equal methods, a false alarm in 18 % of
-    sections of ten and 24 % of twenty.
+    not. Adjusting for k - 1 comparisons (Holm) is not enough: simulated with equal methods
+    (tests/benchmarks/significance.py), a false alarm in 11 % of sections of ten and 26 % of twenty.
     Source: Ryan, Psychological Bulletin 57 (1960), with Einot's and Gabriel's condition on stretches, Biometrika 62
     (1975).
     """

@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "1"
+# Triton kernels run in its interpreter, on CPU tensors; tests/kernels/compile.py compiles them in a process of its own
+os.environ["TRITON_INTERPRET"] = "1"
 # sums in a fixed order whatever the machine, and no spinning threads on tensors this small
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

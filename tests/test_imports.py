@@ -29,6 +29,7 @@ ORDER = (
     ("shapes", "sampling", "hookspecs"),
     ("integer", "vectors", "record"),
     ("maths",),
+    ("kernels",),
     ("plugins", "ledger"),
     ("suite",),
     ("sources",),
@@ -38,7 +39,7 @@ ORDER = (
     ("findings",),
     ("models", "calibration", "fisher", "artifact", "tunable", "opened", "hidden"),
     ("block_pass", "blocks"),
-    ("driver", "recovery", "whole", "tuning", "weights", "streaming"),
+    ("driver", "recovery", "whole", "tuning", "weights", "streaming", "packed"),
     ("subject",),
     ("tokens",),
     ("stages",),
@@ -87,6 +88,7 @@ TORCH = {
     "hidden",
     "weights",
     "streaming",
+    "packed",
     "subject",
     "stages",
     "tokens",
@@ -94,10 +96,11 @@ TORCH = {
     "testing",
     "tiny",
     "maths",
+    "kernels",
 }
 HEAVY = {
     "torch", "transformers", "safetensors", "faiss", "scipy", "mlflow", "datasets", "matplotlib", "pandas", "sklearn",
-    "huggingface_hub", "tokenizers", "numba", "peft", "greenlet",
+    "huggingface_hub", "tokenizers", "numba", "peft", "greenlet", "triton",
 }  # fmt: skip
 
 

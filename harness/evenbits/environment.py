@@ -10,7 +10,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("evenbits", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "faiss-cpu", "triton")
+PACKAGES = (
+    "evenbits",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "faiss-cpu",
+    "numba",
+    "triton",
+)
 
 
 def package_version(name: str) -> str | None:

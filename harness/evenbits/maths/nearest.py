@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from evenbits.kernels.nearest import Codebook
 
 # below this many numbers faiss takes a path tens of times slower than torch's matrix product (measured)
 FAISS_NUMBERS = 131_072
@@ -23,8 +28,8 @@ def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
     so the answer is exact up to the float32 rounding of |c|^2 - 2 v.c.
     In one dimension the centres are sorted and searched; ties go to the lower value, equal centres to the lowest index.
     Else on the CPU, from 131,072 numbers on (from 32,768 to at least 256 centres in up to 24 dimensions), faiss
-    searches, and which of tied centres it takes is its own; otherwise torch does, in chunks, and ties go to the lowest
-    index.
+    searches, and which of tied centres it takes is its own; on CUDA `kernels.nearest` does where Triton runs (with the
+    rounding stated there past d = 32); otherwise torch, in chunks. Both give ties to the lowest index.
     Raises ValueError for shapes that do not match, or no centre.
     """
     if vectors.ndim != 2 or centres.ndim != 2 or vectors.shape[1] != centres.shape[1] or not centres.shape[0]:
@@ -37,6 +42,11 @@ def nearest(vectors: Tensor, centres: Tensor) -> Tensor:
     if vectors.device.type == "cpu" and _worth_padding(vectors, centres):
         missing = -(-FAISS_NUMBERS // vectors.shape[1]) - vectors.shape[0]
         return _nearest_faiss(functional.pad(vectors, (0, 0, 0, missing)), centres)[: vectors.shape[0]]
+    if vectors.device.type == "cuda":
+        from evenbits.kernels.nearest import Codebook, fits
+
+        if fits(centres):
+            return Codebook(centres).search(vectors)
     return _nearest_chunked(vectors, centres)
 
 
@@ -93,6 +103,7 @@ class Searcher:
         self._run = _RUN if wide.shape[0] % _RUN == 0 and wide.shape[0] > 4 * _RUN else 0
         held = _CHUNK_DISTANCES if wide.device.type == "cpu" else _CHUNK_DISTANCES_GPU
         self._step = max(1, held // wide.shape[0])
+        self._codebooks: dict[bool, Codebook] = {}  # by whether there are weights; on CUDA, where the kernel runs
 
     def __call__(self, vectors: Tensor, weights: Tensor | None = None) -> Tensor:
         """int64 (n,) for vectors (n, d) on the centres' device. weights: (n, d), not negative, of the squared
@@ -100,6 +111,13 @@ class Searcher:
         vectors = vectors.float()
         if vectors.shape[1] == 1:  # one number: a weight does not change which is nearest
             return _nearest_value(vectors[:, 0], self._centres[:, 0])
+        if self._centres.device.type == "cuda":
+            from evenbits.kernels.nearest import Codebook, fits
+
+            if fits(self._centres, weighted=weights is not None):
+                if (weights is not None) not in self._codebooks:
+                    self._codebooks[weights is not None] = Codebook(self._centres, weights is not None)
+                return self._codebooks[weights is not None].search(vectors, weights)
         matrix, square = self._doubled, self._square
         if weights is not None:
             if self._both is None:

@@ -10,9 +10,9 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evenbits.compressor import Layer, LayerCompressor, LayerShape, PackedLayer, Role, Shared
+from evenbits.compressor import Layer, LayerCompressor, LayerShape, PackedLayer, Refusal, Role, Shared
 from evenbits.maths.bitpack import pack, unpack
 from evenbits.maths.hessian import require_finite
 from evenbits_nf4.options import SCALES_PER_BLOCK, WIDTH, Nf4Options
@@ -65,6 +65,31 @@ class Nf4Compressor(LayerCompressor):
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         names = ("absmax_scale", "absmax_mean") if self.options.double_quant else ("absmax",)
         return {name: packed.tensors[name] for name in names}
+
+    def linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """Computes from the codes, with `evenbits.kernels.integer`; refused where a row's blocks are not its own."""
+        from evenbits.kernels.integer import IntegerLinear
+        from evenbits.kernels.weights import IntegerWeight
+
+        block, rows, columns = self.options.block_size, layer.out_features, layer.in_features
+        if columns % block and block % columns:
+            return Refusal(
+                f"blocks of {block} weights run across the ends of rows of {columns}: a kernel needs a block_size that "
+                "divides the row, or that the row divides"
+            )
+        tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
+        scale = self._scales(tensors, -(-layer.weights // block))
+        if columns % block:  # a block of several rows: each has its scale
+            scale = scale.repeat_interleave(block // columns)[:rows]
+        scale = scale.view(rows, -1)
+        if not self.options.double_quant and self.options.scale_dtype == "float16":
+            scale = scale.half()
+        weight = IntegerWeight(
+            tensors["codes"], scale, WIDTH, rows, columns, min(block, columns), levels=levels().to(device)
+        )
+        return IntegerLinear(weight)
 
     def _store_scales(self, absmax: Tensor) -> dict[str, Tensor]:
         """absmax: (blocks,) float32. Values past the dtype's largest are stored as that."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evenbits.compressor import Layer, LayerCompressor, LayerShape, PackedLayer, Role, Shared
+from evenbits.compressor import Layer, LayerCompressor, LayerShape, PackedLayer, Refusal, Role, Shared
 from evenbits.errors import TrialFailed
 from evenbits.integer import group_count
 from evenbits.maths.bitpack import pack, unpack
@@ -110,6 +110,30 @@ class SparseGptCompressor(LayerCompressor):
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         name = "values" if self.options.bits is None else "scale"
         return {name: packed.tensors[name]}
+
+    def linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """Computes from the codes, with `evenbits.kernels.integer`, where no weight is removed."""
+        options, columns = self.options, layer.in_features
+        if options.masked:
+            return Refusal(
+                "no fused path for a mask: where a kept weight lies depends on all bits of the mask before it"
+            )
+        if options.bits is None:
+            return Refusal(f"no codes to compute from: without bits, weights are stored as {options.value_dtype}")
+        from evenbits.kernels.integer import IntegerLinear
+        from evenbits.kernels.weights import IntegerWeight
+
+        tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
+        scale = tensors["scale"]
+        zero = None
+        if not options.symmetric:
+            zero = unpack(tensors["zero"], options.bits, scale.numel(), torch.uint8).view(scale.shape)
+        size = columns if options.group_size is None else min(options.group_size, columns)
+        return IntegerLinear(
+            IntegerWeight(tensors["codes"], scale, options.bits, layer.out_features, columns, size, zero)
+        )
 
 
 @dataclass(frozen=True, slots=True)

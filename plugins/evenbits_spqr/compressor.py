@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evenbits.compressor import Layer, LayerCompressor, LayerShape, PackedLayer, Role, Shared
+from evenbits.compressor import Layer, LayerCompressor, LayerShape, PackedLayer, Refusal, Role, Shared
 from evenbits.errors import TrialFailed
 from evenbits.integer import group_count, index_width
 from evenbits.maths.bitpack import pack, unpack
@@ -94,6 +94,30 @@ class SpqrCompressor(LayerCompressor):
         names = ("scale", "scale_offset", "zero_offset", "scale_step", "zero_step", "kept")
         found = {name: packed.tensors[name] for name in names if name in packed.tensors}
         return {name: t for name, t in found.items() if not name.endswith("_step") or bool((t != 0).any())}
+
+    def linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """From the codes, with `evenbits.kernels.integer`, where no weight is kept and statistics are whole."""
+        parts = ["weights kept in float16 among the codes"] if "kept" in packed.tensors else []
+        if self.options.stats_bits is not None:
+            parts.append("zero points that are themselves rounded, to no whole numbers")
+        if parts:
+            return Refusal(f"no fused path for {' and '.join(parts)}: the layer runs on its restored dense weight")
+        from evenbits.kernels.integer import IntegerLinear
+        from evenbits.kernels.weights import IntegerWeight
+
+        options, columns = self.options, layer.in_features
+        tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
+        scale = tensors["scale"]
+        zero = unpack(tensors["zero"], options.bits, scale.numel(), torch.uint8).view(scale.shape)
+        group = None
+        if has_group_index(options, layer):
+            group = unpack(tensors["group_index"], index_width(scale.shape[1]), columns, torch.int32)
+        size = columns if options.group_size is None else min(options.group_size, columns)
+        return IntegerLinear(
+            IntegerWeight(tensors["codes"], scale, options.bits, layer.out_features, columns, size, zero, group)
+        )
 
 
 def solve(weight: Tensor, upper: Tensor, order: Tensor, options: SpqrOptions, most: int) -> Solved:

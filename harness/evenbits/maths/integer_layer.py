@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from evenbits.compressor import LayerCompressor, LayerShape, PackedLayer, Role, Shared
+from evenbits.compressor import LayerCompressor, LayerShape, PackedLayer, Refusal, Role, Shared
 from evenbits.integer import IntegerOptions, group_count, index_width
 from evenbits.maths.bitpack import pack, unpack
 from evenbits.maths.uniform import Grid, dequantise, group_of_column
@@ -55,3 +55,24 @@ class IntegerLayerCompressor(LayerCompressor):
 
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         return {"scale": packed.tensors["scale"]}
+
+    def linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """Computes from the codes, with `evenbits.kernels.integer`."""
+        from evenbits.kernels.integer import IntegerLinear
+        from evenbits.kernels.weights import IntegerWeight
+
+        options, columns = self.options, layer.in_features
+        tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
+        scale = tensors["scale"]
+        zero = None
+        if not options.symmetric:
+            zero = unpack(tensors["zero"], options.bits, scale.numel(), torch.uint8).view(scale.shape)
+        group = None
+        if options.has_group_index(layer):
+            group = unpack(tensors["group_index"], index_width(scale.shape[1]), columns, torch.int32)
+        size = columns if options.group_size is None else min(options.group_size, columns)
+        return IntegerLinear(
+            IntegerWeight(tensors["codes"], scale, options.bits, layer.out_features, columns, size, zero, group)
+        )

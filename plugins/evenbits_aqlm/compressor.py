@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from evenbits.compressor import (
@@ -23,11 +23,15 @@ from evenbits.compressor import (
     Layer,
     LayerShape,
     PackedLayer,
+    Refusal,
     Role,
     Shared,
     Survey,
 )
 from evenbits.errors import TrialFailed
+from evenbits.kernels.codebook import CodebookLinear
+from evenbits.kernels.codebook_held import share
+from evenbits.kernels.weights import CodebookWeight, Stream
 from evenbits.maths.bitpack import pack, unpack
 from evenbits.maths.hessian import dead_columns, require_finite
 from evenbits.maths.kmeans import kmeans
@@ -133,6 +137,25 @@ class AqlmCompressor(BlockCompressor):
         weight = decode(codebooks, self.codes(packed, layer))[:, : layer.in_features]
         return weight * packed.tensors["row_scale"].float()[:, None]
 
+    def linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """A layer that sums entries by the stored codes; without the bias, which its user adds."""
+        options = self.options
+        stored = self._stored_codebooks(packed, layer, shared)
+        books = stored["codebook"].to(device)
+        scale = packed.tensors["row_scale"].to(device).float()
+        if options.codebook_bits == 8:  # whole numbers in float16, exactly; their step joins the row scales
+            books, scale = share(books.half()), scale * stored["codebook_scale"].to(device).float()
+        codes = packed.tensors["codes"].to(device)
+        streams = tuple(
+            Stream(codes, books[m : m + 1], options.code_bits, stride=options.codebooks, offset=m)
+            for m in range(options.codebooks)
+        )
+        return CodebookLinear(
+            CodebookWeight(streams, layer.out_features, layer.in_features, options.group_size, row_scale=scale)
+        )
+
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         """Row scales, and the codebooks (of int8 ones, their scale)."""
         return tunable_parts(packed, shared, self.options.codebook_bits)
@@ -145,11 +168,14 @@ class AqlmCompressor(BlockCompressor):
 
     def codebooks(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
         """float32 (M, K, g)."""
+        return load_codebook(self._stored_codebooks(packed, layer, shared), self.options.codebook_bits)
+
+    def _stored_codebooks(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> dict[str, Tensor]:
+        """Under their plain names, wherever they are."""
         if shared is None:
-            return load_codebook(packed.tensors, self.options.codebook_bits)
+            return packed.tensors
         name = codebook_of(layer, self.options.scope)
-        stored = {part: t for part in _PARTS if (t := shared.tensors.get(f"{part}.{name}")) is not None}
-        return load_codebook(stored, self.options.codebook_bits)
+        return {part: t for part in _PARTS if (t := shared.tensors.get(f"{part}.{name}")) is not None}
 
     def _padded(self, weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and moment with zeros up to whole groups; dead inputs' weights 0, the mean of the diagonal 1.

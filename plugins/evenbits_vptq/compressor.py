@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evenbits.compressor import (
     Block,
@@ -20,6 +20,7 @@ from evenbits.compressor import (
     Layer,
     LayerShape,
     PackedLayer,
+    Refusal,
     Role,
     Shared,
     Survey,
@@ -31,6 +32,7 @@ from evenbits.tuning import compress_then_tune
 from evenbits_vptq.assign import Codes, assign
 from evenbits_vptq.codebooks import Books, Sample, decode, load_books, store_books, train_books, wanted_vectors
 from evenbits_vptq.columns import Columns, cut, load_columns, plan_columns, store_columns
+from evenbits_vptq.linear import packed_linear
 from evenbits_vptq.options import VptqOptions, codebook_of, outlier_columns, vectors_of, width_of
 from evenbits_vptq.scales import Scaled, divide, refit, restore_scales
 
@@ -139,6 +141,13 @@ class VptqCompressor(BlockCompressor):
 
     def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
         return restore_scales(self._pattern(packed, layer, shared), packed.tensors, self.options)
+
+    def linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """A layer that gathers codewords by the stored indices; without the bias, which its user adds."""
+        books, suffix = (packed, "") if shared is None else (shared, f".{codebook_of(layer, self.options.scope)}")
+        return packed_linear(packed.tensors, books.tensors, suffix, layer, self.options, device)
 
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         """Scales and codebooks (of int8 ones, their step)."""

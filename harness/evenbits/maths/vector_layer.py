@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from evenbits.compressor import Layer, LayerCompressor, LayerShape, PackedLayer, Role, Shared, Survey
+from evenbits.compressor import Layer, LayerCompressor, LayerShape, PackedLayer, Refusal, Role, Shared, Survey
 from evenbits.errors import TrialFailed
 from evenbits.maths.bitpack import pack, unpack
 from evenbits.maths.hessian import require_finite
@@ -109,6 +109,27 @@ class VectorLayerCompressor(LayerCompressor):
         weight = self._rows(self._decode_codebook(packed, layer, shared)[codes], layer)
         return weight * packed.tensors["row_scale"].float()[:, None] if self.options.row_scales else weight
 
+    def linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """A layer that gathers codewords by the stored indices; without the bias, which its user adds."""
+        if not self.coded(layer):
+            return Refusal("left dense: there is nothing to decode")
+        from evenbits.kernels.codebook import CodebookLinear
+        from evenbits.kernels.codebook_held import share
+        from evenbits.kernels.weights import CodebookWeight, Stream
+
+        tensors, suffix = self._stored_codebook(packed, layer, shared)
+        codebook = tensors[f"codebook{suffix}"].to(device)
+        scale = packed.tensors["row_scale"].to(device).float() if self.options.row_scales else None
+        if self.options.codebook_bits == 8:  # whole numbers in float16, exactly; their step joins the row scales
+            codebook, step = share(codebook.half()), tensors[f"codebook_scale{suffix}"].to(device).float()
+            scale = step.expand(layer.out_features) if scale is None else scale * step
+        stream = Stream(packed.tensors["codes"].to(device), codebook[None], self.options.index_bits)
+        return CodebookLinear(
+            CodebookWeight((stream,), layer.out_features, layer.in_features, self.options.d, row_scale=scale)
+        )
+
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         """Row scales, and the codebooks (of int8 ones, their scale)."""
         return tunable_parts(packed, shared, self.options.codebook_bits)
@@ -153,10 +174,16 @@ class VectorLayerCompressor(LayerCompressor):
 
     def _decode_codebook(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
         """(K, d) float32."""
-        tensors, suffix = packed.tensors, ""
-        if shared is not None:
-            tensors, suffix = shared.tensors, f".{codebook_of(layer, self.options.scope)}"
+        tensors, suffix = self._stored_codebook(packed, layer, shared)
         return load_codebook(tensors, self.options.codebook_bits, suffix=suffix)
+
+    def _stored_codebook(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None
+    ) -> tuple[dict[str, Tensor], str]:
+        """The tensors that hold it, and what their names end in."""
+        if shared is None:
+            return packed.tensors, ""
+        return shared.tensors, f".{codebook_of(layer, self.options.scope)}"
 
 
 def _sample(

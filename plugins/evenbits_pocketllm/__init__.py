@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evenbits.hookspecs import hookimpl
+try:
+    from evenbits.hookspecs import hookimpl
+except ModuleNotFoundError as error:
+    # the kernels' modules are also used on machines without pluggy, where nothing is registered
+    if error.name != "pluggy":
+        raise
+
+    def hookimpl(function):  # type: ignore[no-untyped-def,misc]
+        return function
+
 
 if TYPE_CHECKING:
     from evenbits.compressor import AnyCompressor, Compressor

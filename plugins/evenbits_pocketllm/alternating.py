@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,11 +16,14 @@ from torch import Tensor
 from evenbits.errors import TrialFailed
 from evenbits.maths.nearest import nearest
 from evenbits.maths.trellis import Trellis, states
+from evenbits_pocketllm.codewords import member_sums
 from evenbits_pocketllm.computed import computed_codewords
 from evenbits_pocketllm.cost import latent_numbers
 from evenbits_pocketllm.decoding import decoder_network, decoder_table, symbol_numbers
 from evenbits_pocketllm.network import initial
-from evenbits_pocketllm.options import PocketOptions
+
+if TYPE_CHECKING:
+    from evenbits_pocketllm.settings import Settings
 
 _SMALL = 0.2
 _STEPS = 60  # Adam steps of the decoder between two searches
@@ -39,7 +43,7 @@ class Fitted:
 class Searcher:
     """Exact search of indices for one decoded table (2^window_bits, d)."""
 
-    def __init__(self, table: Tensor, options: PocketOptions) -> None:
+    def __init__(self, table: Tensor, options: Settings) -> None:
         """Raises TrialFailed for a table that is not finite."""
         if not bool(torch.isfinite(table).all()):
             raise TrialFailed("the decoder's output is no longer finite; lower learning_rate")
@@ -75,7 +79,7 @@ def _nearest_weighted(lines: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     return found.reshape(lines.shape[:2])
 
 
-def fit_alternating(lines: Tensor, options: PocketOptions, generator: torch.Generator) -> Fitted:
+def fit_alternating(lines: Tensor, options: Settings, generator: torch.Generator) -> Fitted:
     """Decoder (and stored codebook, if it is learned) for lines (n, chunks, d) of sub-vectors, in float32.
 
     Rounds: `options.epochs`. The decoder starts as the identity on its first d inputs, with small random units beside;
@@ -113,14 +117,14 @@ def fit_alternating(lines: Tensor, options: PocketOptions, generator: torch.Gene
     return Fitted(None if codebook is None else learned[1].detach(), decoder.detach(), history)
 
 
-def _assign(lines: Tensor, table: Tensor, options: PocketOptions) -> tuple[Tensor, Tensor, float]:
+def _assign(lines: Tensor, table: Tensor, options: Settings) -> tuple[Tensor, Tensor, float]:
     """Members and their mean for each state of the window, and the mean squared error of what was found."""
     searcher = Searcher(table, options)
     indices, decoded = searcher(lines)
     state = searcher.states(indices).flatten()
     count = table.shape[0]
     mass = torch.bincount(state, minlength=count).to(lines.dtype)
-    sums = torch.zeros_like(table).index_add_(0, state, lines.flatten(0, 1))
+    sums = member_sums(lines.flatten(0, 1), state, count)
     return mass, sums / mass.clamp_min(1)[:, None], float((lines - decoded).square().mean())
 
 
@@ -131,7 +135,7 @@ def _rate(schedule: str, turn: int, turns: int) -> float:
     return 0.1 ** (turn // 15) if schedule == "step" else 1.0
 
 
-def _start(lines: Tensor, options: PocketOptions, generator: torch.Generator) -> Tensor:
+def _start(lines: Tensor, options: Settings, generator: torch.Generator) -> Tensor:
     shape = (1 << options.window_bits, latent_numbers(options))
     if options.init == "kmeans":
         picked = torch.randint(lines.shape[0] * lines.shape[1], (shape[0],), generator=generator)
@@ -140,7 +144,7 @@ def _start(lines: Tensor, options: PocketOptions, generator: torch.Generator) ->
     return (torch.randn(shape, generator=generator) if made is None else made).to(lines.device)
 
 
-def _identity(options: PocketOptions, generator: torch.Generator) -> Tensor:
+def _identity(options: Settings, generator: torch.Generator) -> Tensor:
     """Flat parameters of a decoder that returns its first d inputs, but for small random terms; then the latents.
 
     x = gelu(x) - gelu(-x), so two hidden numbers of the last unit carry each output exactly; the others start small.

@@ -4,6 +4,7 @@ The encoder turns sub-vectors into latents, each is replaced by its nearest code
 into weights. The gradient of the reconstruction passes the replacement unchanged; codewords follow the mean of their
 latents. One exact look-up a step, and no tensor of all distances: what the released code holds of these (twice) is
 what makes it slow and large. Unlike the released code, no epoch is passed over for an error above a fixed number.
+On a CUDA device steps are replayed as graphs (`captured`); their results are read once an epoch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,12 +20,16 @@ from torch import Tensor
 from evenbits.errors import TrialFailed
 from evenbits.maths.kmeans import kmeans
 from evenbits.maths.nearest import nearest, squared_distances
-from evenbits_pocketllm.codewords import codebook_gradient, means, replace, revive
+from evenbits_pocketllm.captured import Runner
+from evenbits_pocketllm.codewords import means, revive
 from evenbits_pocketllm.cost import latent_numbers
 from evenbits_pocketllm.decoding import decoder_network
 from evenbits_pocketllm.network import Network, decode, encode, initial
-from evenbits_pocketllm.options import PocketOptions
 from evenbits_pocketllm.pools import batches, by_matrix, pieces, pooled, steps_of
+from evenbits_pocketllm.step import Met, Step, adam_rates, learning_rate, loss
+
+if TYPE_CHECKING:
+    from evenbits_pocketllm.settings import Settings
 
 START_ITERATIONS = 10  # Lloyd's steps of init = kmeans
 _DIVERGED = "the {}'s error is no longer finite in epoch {}; lower learning_rate"
@@ -40,9 +46,10 @@ class Trained:
     error: float  # squared error over squared sub-vectors, of all matrices together, padding included
     dead: int  # codewords that no code names
     history: list[float]  # mean squared error of each epoch, as seen while training
+    road: str  # how steps were run: as CUDA graphs, or one by one and why
 
 
-def train(vectors_by_matrix: Sequence[Tensor] | Tensor, options: PocketOptions, generator: torch.Generator) -> Trained:
+def train(vectors_by_matrix: Sequence[Tensor] | Tensor, options: Settings, generator: torch.Generator) -> Trained:
     """Fit encoder, codebook and decoder to the sub-vectors of one matrix, or of several that share all three.
 
     vectors_by_matrix: (groups, per_group, d) float32 each, on one device; the generator is on the CPU. Groups of a
@@ -58,8 +65,8 @@ def train(vectors_by_matrix: Sequence[Tensor] | Tensor, options: PocketOptions, 
     training = _Training(pools, options, generator)
     training.run()
     latents = training.latents()
-    codebook, codes = _lloyd(latents, training.codebook.detach(), options)
-    decoder = training.decoder.detach()
+    codebook, codes = _lloyd(latents, training.codebook, options)
+    decoder = training.decoder
     energy = sum(float(pool.square().sum(dtype=torch.float64)) for pool in pools.values())
     if not energy:  # zeros are decoded exactly, which steps of a gradient only come near
         codebook, decoder = torch.zeros_like(codebook), torch.zeros_like(decoder)
@@ -67,11 +74,12 @@ def train(vectors_by_matrix: Sequence[Tensor] | Tensor, options: PocketOptions, 
     return Trained(
         codebook=codebook,
         decoder=decoder,
-        encoder=training.encoder.detach(),
+        encoder=training.encoder,
         codes=by_matrix(codes, matrices, pools),
         error=error / energy if energy else error,
         dead=int((torch.bincount(codes, minlength=len(codebook)) == 0).sum()),
         history=training.history,
+        road=training.road,
     )
 
 
@@ -80,7 +88,7 @@ def fine_tune_decoder(
     codes: Tensor,
     codebook: Tensor,
     decoder: Tensor,
-    options: PocketOptions,
+    options: Settings,
     generator: torch.Generator,
 ) -> Tensor:
     """A decoder refitted to one matrix, whose codes and codebook stay: flat float32, as `decoder`.
@@ -101,54 +109,55 @@ def fine_tune_decoder(
     for epoch in range(options.epochs):
         for step, picked in enumerate(batches(vectors, options, generator)):
             _set_rate(optimizer, options, epoch + step / steps)
-            loss = (decode(codewords[codes[picked]], flat, network) - vectors[picked]).square().mean()
+            error = (decode(codewords[codes[picked]], flat, network) - vectors[picked]).square().mean()
             optimizer.zero_grad()
-            _descend(loss, options)
+            loss(error, options).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        error = _squared_error(pool, codes.flatten(), codewords, flat.detach(), network)
-        if not math.isfinite(error):
+        found = _squared_error(pool, codes.flatten(), codewords, flat.detach(), network)
+        if not math.isfinite(found):
             raise TrialFailed(_DIVERGED.format("decoder", epoch + 1))
-        if error < least:
-            best, least = flat.detach().clone(), error
+        if found < least:
+            best, least = flat.detach().clone(), found
     return best
 
 
 class _Training:
     """Parameters of one training, and its epochs."""
 
-    def __init__(self, pools: dict[int, Tensor], options: PocketOptions, generator: torch.Generator) -> None:
+    def __init__(self, pools: dict[int, Tensor], options: Settings, generator: torch.Generator) -> None:
         self.pools, self.options, self.generator = pools, options, generator
         self.network = _network(options, next(iter(pools)))
         device = next(iter(pools.values())).device
         flat = [torch.empty(0), torch.empty(0)]
         if self.network is not None:
             flat = [initial(self.network, generator, kind) for kind in ("encoder", "decoder")]
-        self.encoder, self.decoder = (part.to(device).requires_grad_() for part in flat)
-        self.codebook = self._first_codebook().to(device).requires_grad_()
-        learned = [part for part in (self.encoder, self.decoder, self.codebook) if part.numel()]
-        self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate)
+        self.encoder, self.decoder = (part.to(device) for part in flat)
+        self.codebook = self._first_codebook().to(device)
         self.history: list[float] = []
+        self.road = "no step"
 
     def run(self) -> None:
         """All epochs; leaves the parameters of the best one."""
         options, least = self.options, math.inf
-        best = [self.encoder, self.decoder, self.codebook]
         steps = sum(steps_of(pool, options) for pool in self.pools.values())
-        for epoch in range(options.epochs):
-            seen = _Seen(self.codebook.device)
-            for step, batch in enumerate(self._epoch()):
-                _set_rate(self.optimizer, options, epoch + step / steps)
-                self._step(batch, seen)
-            error = float(seen.squared_error) / sum(pool.numel() for pool in self.pools.values())
-            if not math.isfinite(error):
-                raise TrialFailed(_DIVERGED.format("autoencoder", epoch + 1))
-            self.history.append(error)
-            if error < least:
-                least = error
-                best = [part.detach().clone() for part in (self.encoder, self.decoder, self.codebook)]
-            if options.revive and epoch + 1 < options.epochs:
-                self._revive(seen)
+        step = Step(self.encoder, self.decoder, self.codebook, self.network, options)
+        runner = Runner(step, self.codebook.device, options.epochs * steps)
+        best = step.copy()
+        with runner.running():
+            for epoch in range(options.epochs):
+                step.start_epoch()
+                rates = adam_rates(options, epoch, steps).to(self.codebook.device)
+                met = [runner(batch, rate) for batch, rate in zip(self._epoch(), rates, strict=True)]
+                error = float(step.squared_error) / sum(pool.numel() for pool in self.pools.values())
+                if not math.isfinite(error):
+                    raise TrialFailed(_DIVERGED.format("autoencoder", epoch + 1))
+                self.history.append(error)
+                if error < least:
+                    least, best = error, step.copy()
+                if options.revive and epoch + 1 < options.epochs:
+                    _revive(step, [part for part in met if part is not None])
         self.encoder, self.decoder, self.codebook = best
+        self.road = runner.road
 
     def latents(self) -> Tensor:
         """(n, latent) of all sub-vectors, pool by pool."""
@@ -169,36 +178,6 @@ class _Training:
             pool, part = steps[turn]
             yield pool[part]
 
-    def _step(self, vectors: Tensor, seen: _Seen) -> None:
-        latents = self._encode(vectors)
-        flat = latents.detach().flatten(0, 1)
-        codebook = self.codebook.detach()
-        codes = nearest(flat, codebook)
-        codewords = codebook[codes]
-        self.optimizer.zero_grad()
-        if self.network is None:
-            loss = (codewords.view_as(vectors) - vectors).square().mean()
-        else:
-            passed = replace(latents, codewords.view_as(latents))
-            loss = (decode(passed, self.decoder, self.network) - vectors).square().mean()
-            _descend(loss, self.options)
-        gradient, counts = codebook_gradient(flat, codebook, codes, self.options.vq_weight)
-        self.codebook.grad = gradient
-        self.optimizer.step()
-        seen.squared_error += loss.detach().double() * vectors.numel()
-        if self.options.revive:
-            seen.counts.append(counts)
-            seen.latents.append(flat)
-            seen.distances.append((flat - codewords).square().sum(1))
-
-    def _revive(self, seen: _Seen) -> None:
-        """Codewords without a vector in the epoch start again, with no memory of the optimiser's, at worst latents."""
-        counts = torch.stack(seen.counts).sum(0)
-        moved = revive(self.codebook.detach(), counts, torch.cat(seen.latents), torch.cat(seen.distances))
-        state = self.optimizer.state[self.codebook]
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name][moved] = 0
-
     def _first_codebook(self) -> Tensor:
         options = self.options
         shape = (options.codebook_size, latent_numbers(options))
@@ -212,17 +191,13 @@ class _Training:
         return kmeans(latents, shape[0], START_ITERATIONS, self.generator)[0]
 
 
-class _Seen:
-    """What an epoch met; the lists are of its steps, and only filled for revival."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.squared_error = torch.zeros((), dtype=torch.float64, device=device)
-        self.counts: list[Tensor] = []
-        self.latents: list[Tensor] = []
-        self.distances: list[Tensor] = []
+def _revive(step: Step, met: list[Met]) -> None:
+    """Codewords without a vector in the epoch start again, with no memory of Adam's, at the worst latents."""
+    latents, distances = torch.cat([part.latents for part in met]), torch.cat([part.distances for part in met])
+    step.forget(revive(step.codebook, step.counts, latents, distances))
 
 
-def _network(options: PocketOptions, per_group: int) -> Network | None:
+def _network(options: Settings, per_group: int) -> Network | None:
     """The decoder, and so the encoder, for groups of so many sub-vectors."""
     if options.symbols:
         raise ValueError("latents of single indices have no encoder")
@@ -232,7 +207,7 @@ def _network(options: PocketOptions, per_group: int) -> Network | None:
     return decoder_network(options, together * latent_numbers(options))
 
 
-def _lloyd(latents: Tensor, codebook: Tensor, options: PocketOptions) -> tuple[Tensor, Tensor]:
+def _lloyd(latents: Tensor, codebook: Tensor, options: Settings) -> tuple[Tensor, Tensor]:
     """The closing k-means: codebook and codes (n,) after its steps, of which there may be none."""
     codes = nearest(latents, codebook)
     for _ in range(options.closing_kmeans):
@@ -243,23 +218,7 @@ def _lloyd(latents: Tensor, codebook: Tensor, options: PocketOptions) -> tuple[T
     return codebook, codes
 
 
-def _descend(squared_error: Tensor, options: PocketOptions) -> None:
-    """Backward from the root of the mean squared error, or from itself."""
-    # the root has no slope at zero
-    loss = torch.sqrt(squared_error.clamp_min(1e-30)) if options.loss == "rmse" else squared_error
-    loss.backward()  # type: ignore[no-untyped-call]
-
-
-def learning_rate(options: PocketOptions, passed: float) -> float:
-    """Adam's rate after so many epochs, the present one counted in part."""
-    if options.schedule == "step":
-        return options.learning_rate * 0.1 ** (int(passed) // 15)
-    if options.schedule == "cosine":
-        return options.learning_rate * 0.5 * (1 + math.cos(math.pi * passed / options.epochs))
-    return options.learning_rate
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, options: PocketOptions, passed: float) -> None:
+def _set_rate(optimizer: torch.optim.Optimizer, options: Settings, passed: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(options, passed)
 

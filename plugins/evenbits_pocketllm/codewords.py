@@ -31,10 +31,36 @@ def codebook_gradient(latents: Tensor, codebook: Tensor, codes: Tensor, weight: 
     latents (n, latent) are held; codes (n,). What the members send to their codeword is averaged, not summed, as in
     the released code of PocketLLM; a codeword without members gets zero. Also returns the number of members, (K,).
     """
-    counts = torch.bincount(codes, minlength=len(codebook))
-    sums = torch.zeros_like(codebook).index_add_(0, codes, latents)
+    # not bincount: its result has a length that the host must know first
+    counts = torch.zeros(len(codebook), dtype=torch.int64, device=codes.device)
+    counts.index_add_(0, codes, torch.ones_like(codes))
+    sums = member_sums(latents, codes, len(codebook))
     gradient = (codebook - sums / counts.clamp_min(1)[:, None]) * (2 * weight / latents.numel())
-    return torch.where((counts > 0)[:, None], gradient, 0.0), counts
+    return gradient.masked_fill_((counts == 0)[:, None], 0.0), counts
+
+
+def member_sums(latents: Tensor, codes: Tensor, codewords: int) -> Tensor:
+    """(codewords, latent) float32: of the latents (n, latent) of each codeword, the same in each run."""
+    if latents.device.type == "cpu":  # one after the other
+        return torch.zeros(codewords, latents.shape[1]).index_add_(0, codes, latents)
+    return whole_sums(latents, codes, codewords).float()
+
+
+def whole_sums(latents: Tensor, codes: Tensor, codewords: int) -> Tensor:
+    """`member_sums` in float64, on whole numbers, which come out alike in whatever order a GPU adds them up.
+
+    Latents become multiples of 2^-B of a power of two above the largest, B such that n of them fit in 63 bits: 47 for
+    16,384. The sums are as near as that. Where a latent is not finite no sum is.
+    """
+    bits = 62 - max(1, latents.shape[0]).bit_length()
+    limit = torch.linalg.vector_norm(latents, torch.inf)
+    # in float64, whose powers of two reach beyond all that a float32 needs, and where a GPU's exp2 is near enough
+    exponent = (bits - torch.frexp(limit).exponent).double()
+    whole = (latents.double() * torch.exp2(exponent)).long()
+    sums = torch.zeros(codewords, latents.shape[1], dtype=torch.int64, device=latents.device)
+    sums.index_add_(0, codes, whole)
+    found: Tensor = sums.double() * (torch.exp2(-exponent) + (limit - limit))
+    return found
 
 
 def means(latents: Tensor, codebook: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +69,10 @@ def means(latents: Tensor, codebook: Tensor, codes: Tensor) -> tuple[Tensor, Ten
     Sums are in float64.
     """
     counts = torch.bincount(codes, minlength=len(codebook))
-    sums = torch.zeros_like(codebook, dtype=torch.float64).index_add_(0, codes, latents.double())
+    if latents.device.type == "cpu":
+        sums = torch.zeros_like(codebook, dtype=torch.float64).index_add_(0, codes, latents.double())
+    else:
+        sums = whole_sums(latents, codes, len(codebook))
     moved = (sums / counts.clamp_min(1)[:, None]).float()
     return torch.where((counts > 0)[:, None], moved, codebook), counts
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from evenbits.budget import whole_bytes
-from evenbits.compressor import Estimate, LayerShape, ModelShapes, Role
 from evenbits.errors import SuiteError
-from evenbits.shapes import WIDTHS
-from evenbits_pocketllm.options import PocketOptions, Scope
+
+# what brings in pydantic comes in where it is used: kernels need the geometry on machines without it
+if TYPE_CHECKING:
+    from evenbits.compressor import Estimate, LayerShape, ModelShapes
+    from evenbits_pocketllm.options import PocketOptions, Scope
+    from evenbits_pocketllm.settings import Settings
 
 SCALE_BITS = 16  # of one float16: what an int8 codebook is relative to, and, by two, scales of fewer bits
 
@@ -53,7 +56,7 @@ class Census:
     weights: int
 
 
-def geometry(settings: PocketOptions, layer: LayerShape) -> Geometry:
+def geometry(settings: Settings, layer: LayerShape) -> Geometry:
     """axis "in": a line is a row, of length in_features; "out": a column, of length out_features."""
     lines, length = layer.out_features, layer.in_features
     if settings.axis == "out":
@@ -62,19 +65,23 @@ def geometry(settings: PocketOptions, layer: LayerShape) -> Geometry:
 
 
 def code_bytes(settings: PocketOptions, layer: LayerShape) -> int:
+    from evenbits.budget import whole_bytes
+
     return whole_bytes(geometry(settings, layer).vectors * settings.index_bits)
 
 
 def dense_bytes(layer: LayerShape) -> int:
     """Bytes of a layer that a part skips: its weight as the checkpoint stores it, which loses nothing."""
+    from evenbits.shapes import WIDTHS
+
     return layer.weights * WIDTHS[layer.dtype]
 
 
-def latent_numbers(settings: PocketOptions) -> int:
+def latent_numbers(settings: Settings) -> int:
     return settings.latent or settings.d
 
 
-def input_numbers(settings: PocketOptions) -> int:
+def input_numbers(settings: Settings) -> int:
     """What a decoder sees of a sub-vector: the codeword, and the learned latents of the latest indices."""
     return latent_numbers(settings) + settings.symbols * settings.symbol_latent
 
@@ -85,7 +92,7 @@ def mlp_numbers(settings: PocketOptions) -> tuple[int, int]:
     return residual * 2 * n * hidden + n * hidden + hidden * d, residual * (hidden + n) + hidden + d
 
 
-def norm_width(settings: PocketOptions, layer: LayerShape) -> int:
+def norm_width(settings: Settings, layer: LayerShape) -> int:
     """Numbers that one normalisation takes together: those of a line, or of a sub-vector with rln = layernorm."""
     inputs = input_numbers(settings)
     return inputs if settings.rln == "layernorm" else geometry(settings, layer).chunks * inputs
@@ -180,6 +187,9 @@ def predict(options: PocketOptions, shapes: ModelShapes) -> Estimate:
 
 def estimate(options: PocketOptions, census: Census) -> Estimate:
     """`predict` for one of many settings over the same shapes and parts."""
+    from evenbits.budget import whole_bytes
+    from evenbits.compressor import Estimate, Role
+
     code = scale = dense = weights = 0
     index = paper = 0.0
     books: dict[str, tuple[PocketOptions, int, list[LayerShape]]] = {}
@@ -223,6 +233,8 @@ def estimate(options: PocketOptions, census: Census) -> Estimate:
 
 def _scale_bytes(bits: int, rows: int) -> int:
     """Of few bits: with the two float16 of their grid."""
+    from evenbits.budget import whole_bytes
+
     return whole_bytes(rows * bits) + (2 * SCALE_BITS // 8 if bits < SCALE_BITS else 0)
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from evenbits.compressor import Refusal
 from evenbits_pocketllm.groups import TILE_BYTES, GroupDecoder
 from evenbits_pocketllm.network import decode_with
+
+if TYPE_CHECKING:
+    from evenbits.compressor import Refusal
 
 How = Literal["mean", "fitted"]
 Rescale = Literal["none", "gain", "gain and offset", "by number"]
@@ -63,6 +65,8 @@ def fold(
     """
     table = None if decoder.network.affine else _mean_table(decoder, scale)
     if table is None and how == "mean":
+        from evenbits.compressor import Refusal
+
         return Refusal("affine gains belong to places of a group: only a fitted table can stand for them")
     gain = offset = None
     if how == "fitted":
@@ -111,7 +115,10 @@ def _mean_table(decoder: GroupDecoder, scale: Tensor | None) -> Tensor:
 def _fit_table(
     decoder: GroupDecoder, table: Tensor | None, rescale: Rescale, scale: Tensor | None, tile_bytes: int
 ) -> Tensor:
-    """The table of least error, each group rescaled as is best for the table before; without one, not rescaled."""
+    """The table of least error, each group rescaled as is best for the table before; without one, not rescaled.
+
+    A GPU adds up in any order, in float64: now and then a last bit differs.
+    """
     shape = decoder.codebook.shape[0], decoder.codes.settings.d
     above, below = (torch.zeros(shape, dtype=torch.float64, device=decoder.codebook.device) for _ in range(2))
     for codes, exact, weights in _walk(decoder, scale, tile_bytes):

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from evenbits.compressor import LayerShape
 from evenbits.maths.bitpack import unpack_at, unpack_range
-from evenbits_pocketllm.codebooks import Coder
 from evenbits_pocketllm.cost import Geometry, geometry, norm_width
 from evenbits_pocketllm.decoding import codewords, decoder_network, decoder_table
 from evenbits_pocketllm.network import Network, decode, decode_statistics, decode_with
-from evenbits_pocketllm.options import PocketOptions
+
+if TYPE_CHECKING:
+    from evenbits.compressor import LayerShape
+    from evenbits_pocketllm.codebooks import Coder
+    from evenbits_pocketllm.settings import Settings
 
 TILE_BYTES = 1 << 24
 
@@ -25,7 +28,7 @@ class PackedCodes:
     """The stored indices of one layer; a group is a line but under rln = code, and there are as many of both."""
 
     stored: Tensor  # uint8, as packed
-    settings: PocketOptions
+    settings: Settings
     layer: LayerShape
 
     @property
@@ -60,11 +63,11 @@ class PackedCodes:
         return ((first, min(first + step, shape.lines)) for first in range(0, shape.lines, step))
 
 
-def layer_network(settings: PocketOptions, layer: LayerShape) -> Network:
+def layer_network(settings: Settings, layer: LayerShape) -> Network:
     return decoder_network(settings, norm_width(settings, layer))
 
 
-def exact_table(settings: PocketOptions, layer: LayerShape, coder: Coder, device: torch.device) -> Tensor | None:
+def exact_table(settings: Settings, layer: LayerShape, coder: Coder, device: torch.device) -> Tensor | None:
     """(2^window_bits, d) float32 where what an index (or window) decodes to depends on nothing else; None where it
     depends on the statistics of a group."""
     words = codewords(settings, coder.codebook, device)

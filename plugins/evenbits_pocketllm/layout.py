@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 from torch.nn import functional
 
-from evenbits_pocketllm.options import Norm
+if TYPE_CHECKING:
+    from evenbits_pocketllm.settings import Norm
 
 Axis = Literal["in", "out"]
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from evenbits_pocketllm.options import Norm
+if TYPE_CHECKING:
+    from evenbits_pocketllm.settings import Norm
 
 Kind = Literal["encoder", "decoder"]
 EPSILON = 1e-5
@@ -81,17 +82,25 @@ class Network:
             found["bias"] = (self.norms, self.width)
         return found
 
-    def views(self, flat: Tensor, kind: Kind = "decoder") -> dict[str, Tensor]:
+    def views(self, flat: Tensor, kind: Kind = "decoder", whole_units: bool = False) -> dict[str, Tensor]:
         """The parts of a flat tensor (parameters or mlp_parameters of an encoder,), as differentiable views.
 
+        whole_units: each unit's weights and biases as one part, "unit0" and so on, still flat.
         Raises ValueError when its length is not that of the parts.
         """
-        shapes = self.shapes(kind)
+        shapes = self._whole(kind) if whole_units else self.shapes(kind)
         sizes = [math.prod(shape) for shape in shapes.values()]
         if flat.shape != (sum(sizes),):
             raise ValueError(f"{kind}: {sum(sizes)} parameters expected, not a tensor {tuple(flat.shape)}")
         parts = zip(shapes.items(), torch.split(flat, sizes), strict=True)
         return {name: part.view(shape) for (name, shape), part in parts}
+
+    def _whole(self, kind: Kind) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in self.shapes(kind).items():
+            unit, _, rest = name.partition(".")
+            found[unit] = (found.get(unit, (0,))[0] + math.prod(shape),) if rest else shape
+        return found
 
 
 def initial(network: Network, generator: torch.Generator, kind: Kind = "decoder") -> Tensor:
@@ -111,22 +120,26 @@ def initial(network: Network, generator: torch.Generator, kind: Kind = "decoder"
     return torch.cat(parts)
 
 
-def encode(vectors: Tensor, flat: Tensor, network: Network) -> Tensor:
+def encode(vectors: Tensor, flat: Tensor, network: Network, fused: bool = False) -> Tensor:
     """(groups, per_group, outputs) -> latents (groups, per_group, inputs).
 
     The plain unit, then x + M(norm(x)) for each residual unit, then, where there was one, a last normalisation.
+    fused: units by Triton's kernels, which `unit.unit_refusal` must allow.
     """
-    parts = network.views(flat, "encoder")
+    parts = network.views(flat, "encoder", fused)
     normalise = _normaliser(network, parts)
-    latents = _unit(vectors, parts, 0)
+    latents = _unit(vectors, parts, 0, network, network.inputs)
     for unit in range(1, network.units):
-        latents = latents + _unit(normalise(latents, unit - 1), parts, unit)
+        latents = latents + _unit(normalise(latents, unit - 1), parts, unit, network, network.inputs)
     return normalise(latents, network.units - 1) if network.units > 1 else latents
 
 
-def decode(codewords: Tensor, flat: Tensor, network: Network) -> Tensor:
-    """(groups, per_group, inputs) -> (groups, per_group, outputs): the residual units first, the plain unit last."""
-    parts = network.views(flat)
+def decode(codewords: Tensor, flat: Tensor, network: Network, fused: bool = False) -> Tensor:
+    """(groups, per_group, inputs) -> (groups, per_group, outputs): the residual units first, the plain unit last.
+
+    fused: as for `encode`.
+    """
+    parts = network.views(flat, whole_units=fused)
     return _decode(codewords, parts, network, _normaliser(network, parts))
 
 
@@ -171,14 +184,18 @@ def decode_with(codewords: Tensor, statistics: Tensor, flat: Tensor, network: Ne
 def _decode(codewords: Tensor, parts: dict[str, Tensor], network: Network, normalise: _Normalise) -> Tensor:
     latents = codewords
     for unit in range(1, network.units):
-        latents = latents + _unit(normalise(latents, unit - 1), parts, unit)
+        latents = latents + _unit(normalise(latents, unit - 1), parts, unit, network, network.inputs)
     if network.units > 1:
         latents = normalise(latents, network.units - 1)
-    return _unit(latents, parts, 0)
+    return _unit(latents, parts, 0, network, network.outputs)
 
 
-def _unit(numbers: Tensor, parts: dict[str, Tensor], unit: int) -> Tensor:
+def _unit(numbers: Tensor, parts: dict[str, Tensor], unit: int, network: Network, outputs: int) -> Tensor:
     """Linear, GELU in its exact form, Linear."""
+    if f"unit{unit}" in parts:
+        from evenbits_pocketllm.unit import fused_unit
+
+        return fused_unit(numbers, parts[f"unit{unit}"], network.hidden, outputs)
     hidden = functional.linear(numbers, parts[f"unit{unit}.in.weight"], parts[f"unit{unit}.in.bias"])
     return functional.linear(functional.gelu(hidden), parts[f"unit{unit}.out.weight"], parts[f"unit{unit}.out.bias"])
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from evenbits.errors import TrialFailed
-from evenbits_pocketllm.options import PocketOptions
+
+if TYPE_CHECKING:
+    from evenbits_pocketllm.settings import Settings
 
 _AT_ONCE = 1 << 16  # sub-vectors that pass the networks together where nothing is trained
 
 
-def pooled(matrices: Sequence[Tensor], options: PocketOptions) -> dict[int, Tensor]:
+def pooled(matrices: Sequence[Tensor], options: Settings) -> dict[int, Tensor]:
     """The groups of all matrices by their length: (groups, per_group, d) float32 for each per_group.
 
     Raises TrialFailed for vectors that are not finite, and for affine gains over groups of unlike length.
@@ -48,12 +51,12 @@ def by_matrix(codes: Tensor, matrices: Sequence[Tensor], pools: dict[int, Tensor
     return tuple(found)
 
 
-def steps_of(pool: Tensor, options: PocketOptions) -> int:
+def steps_of(pool: Tensor, options: Settings) -> int:
     """Steps of an epoch: the number that brings whole groups a step nearest to the batch asked for."""
     return min(pool.shape[0], max(1, round(pool.shape[0] * pool.shape[1] / options.batch)))
 
 
-def batches(pool: Tensor, options: PocketOptions, generator: torch.Generator) -> Sequence[Tensor | slice]:
+def batches(pool: Tensor, options: Settings, generator: torch.Generator) -> Sequence[Tensor | slice]:
     """The groups of each step of an epoch: every group once, steps differing by one group at most."""
     groups, steps = pool.shape[0], steps_of(pool, options)
     borders = [groups * step // steps for step in range(steps + 1)]

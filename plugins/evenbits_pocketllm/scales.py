@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from evenbits.compressor import Role
 from evenbits.maths.bitpack import pack, unpack
-from evenbits.maths.stored import LARGEST, SMALLEST
+
+if TYPE_CHECKING:
+    from evenbits.compressor import Role
 
 _OCTAVES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 24.0)  # below the largest scale, that a grid may reach
 
-Stored = tuple[dict[str, Tensor], dict[str, Role]]
+Stored: TypeAlias = "tuple[dict[str, Tensor], dict[str, Role]]"
 
 
 def row_scale(weight: Tensor) -> Tensor:
@@ -28,6 +30,9 @@ def store(scale: Tensor, bits: int, frame: Tensor | None = None) -> Stored:
     (2,) float16, its largest value and how many octaves below it the grid reaches. A row below the grid gets its lowest
     value. frame: one in place of that, so that refitted scales stay on the grid of the first ones.
     """
+    from evenbits.compressor import Role
+    from evenbits.maths.stored import LARGEST, SMALLEST
+
     if bits == 16:
         return {"row_scale": scale.clamp(0, LARGEST).half()}, {"row_scale": Role.SCALE}
     wide = scale.double()

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,7 +21,8 @@ from evenbits.maths.kmeans import kmeans
 from evenbits.testing import make_case
 from evenbits_pocketllm.compressor import PocketCompressor
 from evenbits_pocketllm.computed import computed_codewords, symbol_windows
-from evenbits_pocketllm.options import PocketOptions
+from evenbits_pocketllm.layout import Axis
+from evenbits_pocketllm.options import PocketOptions, Recipe
 
 # Rate-distortion limit of a Gaussian, and what trellis codes of 2^12 states reach on it (QTIP, arXiv:2406.11235)
 LIMIT = {1: 0.25, 2: 0.0625, 3: 1 / 64}
@@ -151,10 +152,12 @@ def test_a_decoder_for_the_model_serves_matrices_of_any_shape() -> None:
 def test_the_decoder_is_trained_whatever_the_distribution() -> None:
     """Laplacian weights: the decoder bends the normal codewords, which as they are lose more."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.distributions.Laplace(0.0, 1.0).icdf(torch.rand(512, 256, generator=generator) * 0.9998 + 1e-4)
+    share = torch.rand(512, 256, generator=generator) * 0.9998 + 1e-4
+    weight = torch.distributions.Laplace(0.0, 1.0).icdf(share)  # type: ignore[no-untyped-call]
     error = {}
-    for decoder in ("mlp", "none"):
-        beside = {"latent": 1, "symbols": 0} if decoder == "none" else {}
+    choices: tuple[Literal["mlp"], Literal["none"]] = ("mlp", "none")
+    for decoder in choices:
+        beside: dict[str, Any] = {"latent": 1, "symbols": 0} if decoder == "none" else {}
         options = PocketOptions(state_bits=10, feedback=False, decoder=decoder, **beside)
         error[decoder] = relative_error(weight, run(weight, options)[0]["matrix"])
     assert error["mlp"] < 0.95 * error["none"]
@@ -202,7 +205,7 @@ def test_with_identities_and_lloyd_steps_it_is_kmeans() -> None:
 
 @pytest.mark.parametrize("recipe", ["paper", "code"])
 @pytest.mark.parametrize("axis", ["in", "out"])
-def test_the_papers_recipe_learns(recipe: str, axis: str) -> None:
+def test_the_papers_recipe_learns(recipe: Recipe, axis: Axis) -> None:
     weight = gaussian(64, 256)
     options = PocketOptions(recipe=recipe, axis=axis, d=4, codebook_size=64, batch=512, epochs=30)
     restored, packed, shared, _ = run(weight, options)
@@ -229,7 +232,7 @@ def test_a_shared_codebook_with_a_decoder_for_each_matrix() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["evenbits", "paper", "code"])
-def test_unpacked_indices_restore_to_the_same_bits(recipe: str) -> None:
+def test_unpacked_indices_restore_to_the_same_bits(recipe: Recipe) -> None:
     """What is packed and unpacked decodes bit for bit as the indices themselves do."""
     weight = gaussian(40, 24)
     settings: dict[str, Any] = {"codebook_size": 8, "epochs": 3}

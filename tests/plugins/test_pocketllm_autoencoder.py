@@ -15,13 +15,14 @@ from torch import Tensor
 from evenbits.errors import TrialFailed
 from evenbits.maths.kmeans import kmeans
 from evenbits.maths.nearest import nearest
-from evenbits_pocketllm.autoencoder import START_ITERATIONS, Trained, fine_tune_decoder, learning_rate, train
+from evenbits_pocketllm.autoencoder import START_ITERATIONS, Trained, fine_tune_decoder, train
 from evenbits_pocketllm.codewords import codebook_gradient, means, replace, revive
 from evenbits_pocketllm.decoding import decoder_network
 from evenbits_pocketllm.layout import cut, order
 from evenbits_pocketllm.network import decode, encode, initial
 from evenbits_pocketllm.options import PocketOptions
 from evenbits_pocketllm.pools import batches, steps_of
+from evenbits_pocketllm.step import learning_rate
 
 SMALL: dict[str, Any] = {
     "recipe": "paper", "axis": "in", "d": 2, "codebook_size": 16, "hidden": 8, "epochs": 4, "batch": 200,

@@ -1,0 +1,1 @@
+"""Triton sources of PocketLLM's kernels; imported where a kernel is launched or compiled, never before."""

@@ -226,13 +226,24 @@ class PocketCompressor(LayerCompressor):
         return weight * scales.read(packed.tensors, settings.scale_bits, layer.out_features)[:, None]
 
     def linear(
-        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+        self,
+        packed: PackedLayer,
+        layer: LayerShape,
+        shared: Shared | None,
+        device: torch.device,
+        *,
+        folded: bool = False,
     ) -> nn.Module | Refusal:
-        """A layer that decodes a tile of its weight at a time, exactly; without the bias, which its user adds."""
+        """A layer that decodes a tile of its weight at a time, exactly; without the bias, which its user adds.
+
+        folded: by one table in place of groups' statistics, fitted here; an approximation, and nothing that is stored
+        depends on it. `choice` of the layer says how good it is.
+        """
         settings = self.options.of(layer)
         if settings is None:
             return Refusal("left dense: there is nothing to decode")
-        return PocketLinear(packed, layer, settings, self._coder(settings, packed, layer, shared), device)
+        coder = self._coder(settings, packed, layer, shared)
+        return PocketLinear(packed, layer, settings, coder, device, folded="fit" if folded else None)
 
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         """Row scales (of few bits: the frame of their grid), codebook and decoder, and all that is shared of these."""

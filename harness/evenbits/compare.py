@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from evenbits.cells import join_seeds, make_column, recovered
 from evenbits.errors import SuiteError
 from evenbits.fingerprints import Difference, differing_fields, name_fields, protocol_of
+from evenbits.measure import KERNEL_POLICY
 from evenbits.named_trials import Named, near_names, some_of
 from evenbits.record import MetricFacts, Record
+from evenbits.report_protocols import ran_words
 from evenbits.rows import Cell, Column, Recovered, Row, why
 from evenbits.statistics import PairedDifference
 from evenbits.tables import with_settings
@@ -79,7 +81,7 @@ def compare(a: Named, b: Named, metrics: Sequence[str] = (), level: float = 0.95
     if not compared:
         raise SuiteError(f"{a.name} and {b.name} have no number to compare: {_reasons(refused)}")
     compared.sort(key=lambda one: not one.column.quality)
-    notes = list(_restored(compared, a, b))
+    notes = list(_kernels(compared, a, b))
     notes += list(_without_items((a, b)))
     notes += [f"{side.name}: seed {r.seed} {r.status}: {why(r)}" for side in (a, b) for r in side.left_out]
     return Comparison(row_a, row_b, level, tuple(compared), tuple(refused), tuple(notes))
@@ -96,19 +98,35 @@ def _compared(a: Row, b: Row, column: Column, sides: tuple[Named, Named], level:
     return Compared(column, *cells, found, verdict(a, b, column, level), *shares)
 
 
-def _restored(compared: Sequence[Compared], a: Named, b: Named) -> Iterator[str]:
-    """A simulated method is never sold as fast."""
-    names = []
+def _kernels(compared: Sequence[Compared], a: Named, b: Named) -> Iterator[str]:
+    """A simulated method is never sold as fast, and of what ran from packed weights it is said what that was."""
+    restored: list[str] = []
+    packed: dict[tuple[str, ...], list[str]] = {}
     for one in compared:
-        if one.column.volatile:
-            record, metric = _measured(a.records, one.column.name)[0]
-            if protocol_of(record, metric).get("kernel") == "dense-restored":
-                names.append(one.column.name)
-    if names:
+        record, metric = _measured(a.records, one.column.name)[0]
+        kernel = protocol_of(record, metric).get("kernel")
+        if kernel == KERNEL_POLICY["restored"] and one.column.volatile:
+            restored.append(one.column.name)
+        elif kernel == KERNEL_POLICY["packed"]:
+            said = tuple(_said(side, one.column) for side in (a, b))
+            packed.setdefault(said, []).append(one.column.name)
+    if restored:
         yield (
-            f"{', '.join(names)}: both ran on weights restored to dense ones, so what these differ by is not what "
+            f"{', '.join(restored)}: both ran on weights restored to dense ones, so what these differ by is not what "
             "the methods' own kernels would"
         )
+    for said, names in packed.items():
+        ran = [f"{side.name}: {text}" for side, text in zip((a, b), said, strict=True) if text]
+        if ran:
+            yield f"{', '.join(names)}: with packed weights, {'; '.join(ran)}"
+
+
+def _said(side: Named, column: Column) -> str:
+    """What computed the layers of one side, as its first record says."""
+    for record, metric in _measured(side.records, column.name):
+        if make_column(record, metric).key == column.key:
+            return "; ".join(ran_words(metric.details.get("kernels")))
+    return ""
 
 
 def _without_items(sides: Sequence[Named]) -> Iterator[str]:

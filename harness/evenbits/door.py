@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from evenbits.compressor import Layer, LayerCompressor, LayerShape, ModelShapes,
 from evenbits.driver import restore_layer, seeded_generator
 from evenbits.errors import SuiteError, TrialFailed
 from evenbits.maths.hessian import calibrated_error, relative_error
+from evenbits.measure import Weights
 from evenbits.models import guarded_randomness
+from evenbits.packed import kernels_of
 from evenbits.plugins import load_plugins
 from evenbits.record import Bits
 from evenbits.subject import choose_device, load_artifact
@@ -228,9 +231,20 @@ def _bytes_of(packed: PackedLayer, role: Role) -> int:
     )
 
 
-def load(artifact_folder: str | Path, *, device: str = "cpu") -> Any:
-    """A transformers model from an artifact folder, in eval mode, its weights restored from what is stored.
+def load(artifact_folder: str | Path, *, device: str = "cpu", weights: Weights = "restored") -> Any:
+    """A transformers model from an artifact folder, in eval mode.
 
-    Raises ArtifactError for a damaged or too new artifact, SuiteError when the method's plugin is not installed.
+    weights: "restored" decodes every layer to a dense weight. "packed" computes each layer from what is stored, by the
+    method's kernel for the device, and takes the memory of the packed model; a warning says which layers the method
+    has no such path for, and `evenbits.packed.kernels_of(model)` what computes each of the others.
+
+    Raises ArtifactError for a damaged or too new artifact and, with packed weights, for a model stored whole;
+    SuiteError when the method's plugin is not installed or for an unknown device; ValueError for other `weights`.
     """
-    return load_artifact(Path(artifact_folder), load_plugins(), choose_device(device))
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be {' or '.join(map(repr, get_args(Weights)))}, not {weights!r}")
+    model = load_artifact(Path(artifact_folder), load_plugins(), choose_device(device), weights=weights)
+    kernels = kernels_of(model)
+    if kernels is not None and kernels.remark:
+        warnings.warn(f"{artifact_folder}: {kernels.remark}", stacklevel=2)
+    return model

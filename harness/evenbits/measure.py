@@ -10,12 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from evenbits.compressor import Options
+from evenbits.environment import package_version
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 Better = Literal["lower", "higher"]
+
+Weights = Literal["restored", "packed"]
+"""What a model computes with: weights restored to dense ones, or each layer's packed form where its method can."""
+
+KERNEL_POLICY: Mapping[Weights, str] = {"restored": "dense-restored", "packed": "packed"}
+"""The "kernel" of a fingerprint: a policy, alike for all methods and the dense model, which is torch's own under both.
+What really ran stands in a measurement's details."""
+
+KERNEL_LIBRARIES: Mapping[str, str] = {"cpu": "numba", "cuda": "triton"}
+"""What kernels of packed weights are compiled by, by type of device. They run without it too, by torch, and slower."""
 
 
 def fingerprint_id(fields: Mapping[str, Any]) -> str:
@@ -85,11 +96,29 @@ class _Stored(Protocol):
         ...
 
 
+def facts_of(subject: _Stored, weights: Weights) -> Mapping[str, Any]:
+    """The subject's facts, for the fingerprint of what is measured with such weights.
+
+    Packed ones also name the version of what compiles their kernels, null where it is not there.
+    """
+    if weights == "restored":
+        return subject.facts
+    library = KERNEL_LIBRARIES.get(subject.device.type)
+    compiled = {} if library is None else {library: package_version(library)}
+    return {**subject.facts, "kernel": KERNEL_POLICY[weights], **compiled}
+
+
 class Subject(_Stored, Protocol):
     """The restored model as an evaluator sees it."""
 
     @property
     def model(self) -> Any: ...
+
+    @property
+    def packed_model(self) -> Any:
+        """The same model with each layer computed from its packed form where its method can.
+        `evenbits.packed.kernels_of` says what computes each layer."""
+        ...
 
     @property
     def tokenizer(self) -> Any: ...
@@ -124,8 +153,12 @@ class ProfileSubject(_Stored, Protocol):
     @property
     def compress_seconds(self) -> float | None: ...
 
-    def load(self) -> tuple[Any, Any]:
-        """Restore the model and its tokenizer from what is stored."""
+    def load(self, weights: Weights = "restored") -> tuple[Any, Any]:
+        """Open the model and its tokenizer from what is stored.
+
+        weights: "packed" never holds the dense weight of a layer that its method computes from the packed form;
+        `evenbits.packed.kernels_of` says of the model which these are.
+        """
         ...
 
 

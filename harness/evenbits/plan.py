@@ -29,7 +29,7 @@ COMPRESS_MODULES = ("evenbits.driver", "evenbits.artifact")
 MEASURE_MODULES = ("evenbits.artifact", "evenbits.driver")
 # glue that decides what is drawn, billed and measured: its own files count, not all that they import
 DRAW_GLUE = ("evenbits.sampling", "evenbits.tokens")
-MEASURE_GLUE = ("evenbits.ledger", "evenbits.stages", "evenbits.subject", "evenbits.whole")
+MEASURE_GLUE = ("evenbits.ledger", "evenbits.packed", "evenbits.stages", "evenbits.subject", "evenbits.whole")
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "faiss-cpu")
 
 

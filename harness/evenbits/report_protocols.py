@@ -10,11 +10,12 @@ from typing import Any
 from evenbits.fingerprints import protocol_of
 from evenbits.layers import every_row
 from evenbits.markdown import plain
-from evenbits.measure import fingerprint_id
-from evenbits.rows import Column
+from evenbits.measure import KERNEL_POLICY, fingerprint_id
+from evenbits.report_format import format_budget, format_bytes
+from evenbits.rows import Column, Row
 from evenbits.tables import ModelTable, Table
 
-RESTORED = "dense-restored"
+RESTORED, PACKED = KERNEL_POLICY["restored"], KERNEL_POLICY["packed"]
 Key = tuple[str, str]
 
 
@@ -30,7 +31,7 @@ def column_protocols(model: ModelTable) -> dict[Key, Mapping[str, Any]]:
 
 
 def kernel_of(fields: Mapping[str, Any]) -> str:
-    """What multiplied: "dense-restored", a fused kernel's name, or "" where the protocol does not say."""
+    """What multiplied: "dense-restored", "packed", a kernel's name, or "" where the protocol does not say."""
     return str(fields.get("kernel") or "")
 
 
@@ -51,6 +52,11 @@ def ran_lines(columns: Sequence[Column], protocols: Mapping[Key, Mapping[str, An
                 f"{subject}ran on dense-restored weights{machine_text}: these times and energies say nothing about the "
                 "method's speed on a fused kernel, and are not ranked."
             )
+        elif kernel == PACKED:
+            yield (
+                f"{subject}ran from packed weights where a method has a path for its layers, the dense model by "
+                f"torch's matmul{machine_text}; what ran for each row stands in the notes. Not ranked."
+            )
         elif kernel:
             yield f"{subject}ran with kernel {kernel}{machine_text}; not ranked."
         elif where:
@@ -62,7 +68,8 @@ def _threads(count: Any) -> str | None:
 
 
 def notes_of(model: ModelTable) -> Iterator[str]:
-    """What was cut to the context, by column, and what could not be measured."""
+    """What computed packed layers, what was cut to the context, by column, and what could not be measured."""
+    yield from _kernels_ran(model)
     titles = {column.key: column.title for column in model.columns}
     cut: dict[Key, list[int]] = {}
     remarks: Counter[str] = Counter()
@@ -84,6 +91,56 @@ def notes_of(model: ModelTable) -> Iterator[str]:
         )
     for remark, count in remarks.items():
         yield f"{model.model.name}: {remark.rstrip('.')} ({count} of {trials} trials)"
+
+
+def _kernels_ran(model: ModelTable) -> Iterator[str]:
+    """What ran for each row that was measured with packed weights; rows of which the same is to be said together."""
+    rows: dict[str, list[str]] = {}
+    for row, budget in every_row(model):
+        said: dict[str, None] = {}
+        held: dict[str, None] = {}
+        for record in row.records:
+            for metric in record.metrics:
+                kernels = metric.details.get("kernels")
+                said.update(dict.fromkeys(ran_words(kernels)))
+                if isinstance(kernels, Mapping) and kernels.get("held_bytes") is not None:
+                    held[format_bytes(kernels["held_bytes"])] = None
+        if said:
+            name = row.full_name + ("" if budget is None else f" @ {format_budget(budget)}")
+            name += f" (holding {' or '.join(held)})" if held else ""
+            rows.setdefault("; ".join(said), []).append(name)
+    for text, names in rows.items():
+        yield f"{model.model.name}: with packed weights, {', '.join(dict.fromkeys(names))}: {text}"
+
+
+def ran_words(kernels: Any) -> Iterator[str]:
+    """The details of a measurement with packed weights (`evenbits.packed.LayerKernels.facts`), in words."""
+    if not isinstance(kernels, Mapping):
+        return
+    if whole := kernels.get("whole"):
+        yield str(whole)
+    for phase, found in (kernels.get("phases") or {}).items():
+        each = [
+            f"{one['layers']} layers by {one['kernel']}{' ' + one['config'] if one['config'] else ''} ({one['reason']})"
+            for one in found["ran"]
+        ]
+        yield f"{phase} of {found['rows']} {'row' if found['rows'] == 1 else 'rows'}: {', '.join(each)}"
+    for reason, layers in (kernels.get("why_dense") or {}).items():
+        yield f"{layers} layers on dense weights ({reason})"
+
+
+def all_dense(row: Row, column: Column) -> bool:
+    """Whether a number of packed weights was measured with none: every layer ran on a dense weight after all."""
+    found = [
+        metric.details.get("kernels")
+        for record in row.records
+        for metric in record.metrics
+        if (metric.name, fingerprint_id(protocol_of(record, metric))) == column.key
+    ]
+    return bool(found) and all(
+        isinstance(kernels, Mapping) and not kernels.get("packed_layers") and bool(kernels.get("dense_layers"))
+        for kernels in found
+    )
 
 
 def protocols_markdown(table: Table) -> list[str]:

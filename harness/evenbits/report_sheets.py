@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from evenbits.layers import every_row
 from evenbits.record import BudgetFacts
 from evenbits.report_format import format_budget, format_bytes, format_number
-from evenbits.report_protocols import RESTORED, column_protocols, kernel_of, ran_lines
+from evenbits.report_protocols import PACKED, RESTORED, all_dense, column_protocols, kernel_of, ran_lines
 from evenbits.rows import Cell, Column, Row
 from evenbits.tables import ModelTable, Section
 
@@ -98,7 +98,7 @@ def _sheet(
     kernels: Mapping[tuple[str, str], str] | None = None,
 ) -> Sheet:
     """Everything known of some metrics. kernels: column key -> what ran, where it has to stand in the heading."""
-    show_ratio = _with_ratio(model, columns)
+    show_ratio = _with_ratio(model, columns, kernels)
     header = [*_WHO, *(("linear", "model", "size") if sizes else ())]
     for column in columns:
         header += [_heading(column, kernels), *(["vs dense"] if column in show_ratio else [])]
@@ -145,13 +145,17 @@ def _overview(model: ModelTable, title: str, first: int) -> Sheet:
     stand in the sheet of bytes.
     """
     columns = [c for c in model.columns if c.quality][:first]
-    times = [c for c in model.columns if c.volatile and c.unit == "ms/token"][:1]
+    protocols = column_protocols(model)
+    ran = {c.key: kernel_of(protocols.get(c.key, {})) for c in model.columns}
+    times = [c for c in model.columns if c.volatile and c.unit == "ms/token"]
+    times = sorted(times, key=lambda c: ran[c.key] == RESTORED)[:1]  # a restored weight's time says little
     words = _words(model, settings=True, seeds=True)
     show_ratio = _with_ratio(model, columns)
     header = [*words, "linear", "size"]
     for column in columns:
         header += [_narrow(_heading(column), NUMBER_WIDTH), *([RATIO] if column in show_ratio else [])]
-    header += [_narrow(_heading(column), 7, " ") for column in times]
+    timed_ratio = _with_ratio(model, times, ran)
+    header += [_narrow(_heading(column), 7, " ") for column in times] + [RATIO] * len(timed_ratio)
 
     def line(row: Row, section: Section | None, index: int) -> tuple[str, ...]:
         texts = [*_said(row, section, words), f"{row.bits.linear:.3f}", format_bytes(row.model_bytes)]
@@ -159,9 +163,9 @@ def _overview(model: ModelTable, title: str, first: int) -> Sheet:
             texts.append(_number(row.cells.get(column.key), column, _mark(section, index, column), brief=True))
             if column in show_ratio:
                 texts.append(_ratio(model, row, column, brief=True))
-        return (*texts, *(_number(row.cells.get(column.key), column, "", brief=True) for column in times))
+        texts += [_number(row.cells.get(column.key), column, "", brief=True) for column in times]
+        return (*texts, *(_ratio(model, row, column, brief=True) for column in timed_ratio))
 
-    protocols = column_protocols(model)
     return Sheet(title, tuple(header), _groups(model, line), len(words), tuple(ran_lines(times, protocols)))
 
 
@@ -170,14 +174,21 @@ def _brief(
 ) -> Sheet:
     """For a terminal: values and marks of several metrics; the intervals stand in the files."""
     words = _words(model, settings=True, seeds=False)
-    header = [*words, *(_narrow(_heading(column, kernels), BRIEF_WIDTH, " ") for column in columns)]
+    show_ratio = [c for c in _with_ratio(model, columns, kernels) if not c.quality]
+    header = list(words)
+    for column in columns:
+        header.append(_narrow(_heading(column, kernels), BRIEF_WIDTH, " "))
+        header += [RATIO] if column in show_ratio else []
 
     def line(row: Row, section: Section | None, index: int) -> tuple[str, ...]:
-        bare = {
-            c.key: replace(cell, low=None, high=None) for c in columns if (cell := row.cells.get(c.key)) is not None
-        }
-        shown = (_number(bare.get(c.key), c, _mark(section, index, c), brief=True) for c in columns)
-        return (*_said(row, section, words, BRIEF_SETTINGS), *shown)
+        texts = _said(row, section, words, BRIEF_SETTINGS)
+        for column in columns:
+            cell = row.cells.get(column.key)
+            bare = None if cell is None else replace(cell, low=None, high=None)
+            texts.append(_number(bare, column, _mark(section, index, column), brief=True))
+            if column in show_ratio:
+                texts.append(_ratio(model, row, column, brief=True))
+        return tuple(texts)
 
     return Sheet(title, tuple(header), _groups(model, line), len(words))
 
@@ -194,11 +205,19 @@ def _mark(section: Section | None, index: int, column: Column) -> str:
     return section.marks.get((index, column.key), "") if section is not None else ""
 
 
-def _with_ratio(model: ModelTable, columns: Sequence[Column]) -> list[Column]:
-    """The metrics of quality, where any row can be set against the dense model."""
+def _with_ratio(
+    model: ModelTable, columns: Sequence[Column], kernels: Mapping[tuple[str, str], str] | None = None
+) -> list[Column]:
+    """The metrics of quality, and costs of what ran from packed weights, where any row can be set against the dense
+    model. A cost on restored weights is the dense model's own with noise: a ratio would say of the method what it
+    does not."""
     quality = [c for c in columns if c.quality]
-    known = any(model.against_dense(row, c) is not None for row, _ in every_row(model) for c in quality)
-    return quality if known else []
+    packed = [c for c in columns if not c.quality and (kernels or {}).get(c.key) == PACKED]
+
+    def known(columns: Sequence[Column]) -> bool:
+        return any(model.against_dense(row, c) is not None for row, _ in every_row(model) for c in columns)
+
+    return [*(quality if known(quality) else ()), *(packed if known(packed) else ())]
 
 
 def _bytes_sheet(model: ModelTable, title: str, shorten: bool) -> Sheet:
@@ -265,7 +284,12 @@ def _number(cell: Cell | None, column: Column, mark: str, *, brief: bool) -> str
 
 
 def _ratio(model: ModelTable, row: Row, column: Column, *, brief: bool) -> str:
-    """brief: without the interval, for which a terminal has no room; the dense model's own is always 1."""
+    """brief: without the interval, for which a terminal has no room; the dense model's own is always 1.
+
+    A cost of packed weights where every layer ran on a dense one says "dense": the ratio would not be the method's.
+    """
+    if not column.quality and all_dense(row, column):
+        return "dense"
     if brief or (row.method == "dense" and not row.recovery):
         ratio = model.against_dense(row, column)
         return "" if ratio is None else _share(ratio)

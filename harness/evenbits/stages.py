@@ -27,6 +27,7 @@ from evenbits.findings import take
 from evenbits.job import Job, StageResult
 from evenbits.ledger import dense_ledger, measure_bits, measure_layers
 from evenbits.manifest import MANIFEST
+from evenbits.measure import KERNEL_POLICY
 from evenbits.models import guarded_randomness, torch_dtype
 from evenbits.plan import COMPRESS_MODULES, DENSE, Stage, Trial, content_hash
 from evenbits.plugins import Registry, load_plugins
@@ -206,7 +207,7 @@ def _subject(job: Job, report: Report) -> tuple[MeasuredModel, Ledger, tuple[Lay
         "model": model.facts.name,
         "revision": model.facts.revision,
         "dtype": model.dtype,
-        "kernel": "dense-restored",
+        "kernel": KERNEL_POLICY["restored"],  # what is measured with packed weights says so (measure.facts_of)
         "device": device.type,
         "torch": torch.__version__,
         "transformers": version("transformers"),

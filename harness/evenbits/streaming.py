@@ -55,7 +55,7 @@ class BlockStream:
         path = ARCHITECTURES[read_config(folder)["model_type"]].blocks
         self._blocks = list(self.model.get_submodule(path))
         self._embeddings: nn.Module = self.model.get_input_embeddings()
-        self._places = _places(self.model, weights.names, str(folder))
+        self._places = places_of(self.model, weights.names, str(folder))
         self._empty = {name: getattr(*places[0]) for name, places in self._places.items()}
         self._wraps = False  # whether a block returns a tuple; seen at the first
         self._given: Tensor | None = None  # what the block at hand computes on, in place of what it is given
@@ -172,7 +172,7 @@ class BlockStream:
     @contextmanager
     def _loaded(self, names: Collection[str]) -> Iterator[None]:
         try:
-            _fill({name: self._places[name] for name in names}, self._weights, self._device, self._where)
+            fill_places({name: self._places[name] for name in names}, self._weights, self._device, self._where)
             yield
         finally:
             for name in names:
@@ -207,7 +207,7 @@ def open_stored(
     folder: with the model's config. Raises TrialFailed naming tensors that are missing or left over.
     """
     model = open_skeleton(folder, dtype, trust_remote_code=trust_remote_code)
-    _fill(_places(model, weights.names, str(folder)), weights, device, folder)
+    fill_places(places_of(model, weights.names, str(folder)), weights, device, folder)
     return model.to(device)
 
 
@@ -234,8 +234,8 @@ def open_skeleton(folder: Path, dtype: str, *, trust_remote_code: bool = False) 
 Places = list[tuple[nn.Module, str]]  # modules and attributes that hold one parameter: more than one where it is tied
 
 
-def _places(model: nn.Module, stored: Collection[str], where: str) -> dict[str, Places]:
-    """By stored name. Raises TrialFailed naming tensors that are missing or left over."""
+def places_of(model: nn.Module, stored: Collection[str], where: str) -> dict[str, Places]:
+    """Where the parameters are, by stored name. Raises TrialFailed naming tensors that are missing or left over."""
     groups: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -260,8 +260,11 @@ def _places(model: nn.Module, stored: Collection[str], where: str) -> dict[str, 
     return found
 
 
-def _fill(places: Mapping[str, Places], weights: StoredWeights, device: torch.device, where: Path) -> None:
-    """Always copies: a view would keep the file's pages, and lie where matrix products may round otherwise."""
+def fill_places(places: Mapping[str, Places], weights: StoredWeights, device: torch.device, where: Path) -> None:
+    """Read stored tensors into their places, as `places_of` gives them.
+
+    Always copies: a view would keep the file's pages, and lie where matrix products may round otherwise.
+    """
     for name, tensor in weights.read(sorted(places)):
         empty = getattr(*places[name][0])
         if tensor.shape != empty.shape:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from evenbits.artifact import Artifact
 from evenbits.compressor import LayerCompressor, Options
 from evenbits.errors import ArtifactError, SuiteError, TrialFailed
-from evenbits.measure import Text
+from evenbits.manifest import read_manifest
+from evenbits.measure import Text, Weights
 from evenbits.models import load_tokenizer, open_model, torch_dtype
+from evenbits.packed import LayerKernels, attach_kernels, open_packed, whole_reason
 from evenbits.plugins import Registry
 from evenbits.shapes import ARCHITECTURES, read_config
 from evenbits.streaming import BlockStream, open_stored
@@ -64,19 +66,34 @@ def _open_artifact(folder: Path, registry: Registry, *, trust_remote_code: bool)
 
 
 def load_artifact(
-    folder: Path, registry: Registry, device: str | torch.device = "cpu", *, trust_remote_code: bool = False
+    folder: Path,
+    registry: Registry,
+    device: str | torch.device = "cpu",
+    *,
+    trust_remote_code: bool = False,
+    weights: Weights = "restored",
 ) -> Any:
     """A transformers model from an artifact folder alone, verified against its hashes, in eval mode.
 
-    Raises ArtifactError for a damaged or too new artifact, and for one that brings code of its own where the caller
-    does not trust it; SuiteError when the method's plugin is missing.
+    weights: "packed" computes each layer from its packed form where its method can (`evenbits.packed`).
+    Raises ArtifactError for a damaged or too new artifact, for one that brings code of its own where the caller
+    does not trust it, and for a model stored whole where packed weights are asked for; SuiteError when the method's
+    plugin is missing.
     """
     artifact, compressor = _open_artifact(folder, registry, trust_remote_code=trust_remote_code)
     manifest = artifact.manifest
+    if weights == "packed":
+        return open_packed(artifact, compressor, torch.device(device), trust_remote_code=trust_remote_code)
     if manifest.model_form == "whole":
         return restore_whole(artifact, compressor).to(device)
-    weights = ArtifactWeights(artifact, compressor)
-    return open_stored(weights, folder, manifest.dtype, torch.device(device), trust_remote_code=trust_remote_code)
+    stored = ArtifactWeights(artifact, compressor)
+    return open_stored(stored, folder, manifest.dtype, torch.device(device), trust_remote_code=trust_remote_code)
+
+
+def _stores_whole(folder: Path) -> str:
+    """The method of an artifact that stores a whole model; "" for one of layers."""
+    manifest = read_manifest(folder)
+    return manifest.method if manifest.model_form == "whole" else ""
 
 
 @dataclass
@@ -97,6 +114,7 @@ class MeasuredModel:
     trust_remote_code: bool = False
     report: Callable[[int, int, str], None] = lambda done, total, what: None
     _model: nn.Module | None = None
+    _weights: Weights = "restored"  # of that model
     _tokenizer: Any = None
     _attention: str | None = None
 
@@ -106,9 +124,20 @@ class MeasuredModel:
         or streamed."""
         return {**self.base_facts, "attention": self._attention}
 
-    def load(self) -> tuple[nn.Module, Any]:
+    def load(self, weights: Weights = "restored") -> tuple[nn.Module, Any]:
+        """Of the dense model, and of one stored whole, packed weights are those that it has: `kernels_of` says so."""
+        packed = weights == "packed"
         if self.artifact:
-            model = load_artifact(self.folder, self.registry, self.device, trust_remote_code=self.trust_remote_code)
+            method = "" if not packed else _stores_whole(self.folder)
+            model = load_artifact(
+                self.folder,
+                self.registry,
+                self.device,
+                trust_remote_code=self.trust_remote_code,
+                weights="restored" if method else weights,
+            )
+            if method:
+                attach_kernels(model, LayerKernels(whole=whole_reason(method)))
         else:
             model = open_model(
                 self.folder,
@@ -117,13 +146,25 @@ class MeasuredModel:
                 trust_remote_code=self.trust_remote_code,
                 loader=self.registry.load_model,
             )
+            if packed:
+                attach_kernels(model, LayerKernels(whole="the dense model, by torch's matmul", expected=True))
         self._attention = getattr(model.config, "_attn_implementation", None)
         return model, load_tokenizer(self.folder, trust_remote_code=self.trust_remote_code)
 
     @property
     def model(self) -> nn.Module:
-        if self._model is None:
-            self._model, tokenizer = self.load()
+        return self._opened("restored")
+
+    @property
+    def packed_model(self) -> nn.Module:
+        return self._opened("packed")
+
+    def _opened(self, weights: Weights) -> nn.Module:
+        """Held until the other one is asked for: never both at once."""
+        if self._model is None or self._weights != weights:
+            self._model = None
+            self._model, tokenizer = self.load(weights)
+            self._weights = weights
             if self._tokenizer is None:
                 self._tokenizer = tokenizer
         return self._model

@@ -38,6 +38,7 @@ from evenbits.compressor import (
 )
 from evenbits.driver import Driver, Work, restore_layer
 from evenbits.errors import TrialFailed
+from evenbits.kernels.launch import Choice
 from evenbits.manifest import Manifest, StoredLayer
 from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.models import build_model, guarded_randomness
@@ -53,7 +54,12 @@ BUDGETS = (1.0, 2.0, 3.0, 4.0, 8.0)
 ALL_BUT_FIRST = SHAPES[1:]
 OUTLIER = 1e4
 ROUNDS_TO_ZERO = 1e-6
-LINEAR_ERROR = 1e-8  # of the outputs' energy: float32 sums in another order
+# what a packed path may differ from a dense layer of the restored weight, of the outputs' energy: sums in another
+# order, in half precision also weights rounded at another place and sums rounded tile by tile
+LINEAR_ERROR = {torch.float32: 1e-8, torch.float16: 1e-6, torch.bfloat16: 4e-5}
+ROWS = (1, 5, 33)  # decoding one sequence, several, and a prompt that is no multiple of a tile
+HELD_PER_LINE = 32  # bytes that a packed layer may hold beyond what is stored, for each of its rows and columns
+HELD_AT_ALL = 1024
 
 
 # -- what the checks run on ----------------------------------------------------------------------------------
@@ -299,18 +305,73 @@ def check_tunable(descriptor: Compressor, options: Options, case: Case) -> None:
         assert bool((grad != 0).any()), f"{descriptor.name}: the gradient of {name!r} is zero everywhere"
 
 
-def check_linear(descriptor: Compressor, options: Options, case: Case) -> None:
-    """A fused path computes what the restored weight does, or is refused with a reason."""
-    compressor, packed, shared, restored = run_case(descriptor, options, case)
-    module = compressor.linear(packed, case.shape, shared, torch.device("cpu"))
-    if isinstance(module, Refusal):
-        assert module.reason, f"{descriptor.name}: `linear` is refused without a reason"
-        return
-    with torch.no_grad():
-        difference = relative_error(case.inputs @ restored.T, module(case.inputs))
-    assert difference <= LINEAR_ERROR, (
-        f"{descriptor.name}: `linear` differs from the restored weight by {difference:g} of its outputs' energy; "
-        "both must decode the same"
+def check_linear(descriptor: Compressor, options: Options, case: Case, device: str = "cpu") -> None:
+    """A packed path computes what the restored weight does, or is refused with a reason.
+
+    Any module: float32 inputs of no row, one, several, three dimensions and other strides, and their dtype back. One
+    that says what it runs (`evenbits.kernels.launch.PackedModule`) also: half precision, a kernel with a reason for one
+    row and for several, and bytes held that do not grow as a dense weight would (`check_held`).
+    """
+    compressor, packed, shared, restored = run_case(descriptor, options, case, device=device)
+    given = case.inputs.to(device)
+    with untouched_randomness(f"{descriptor.name}: linear"), torch.no_grad():
+        module = compressor.linear(packed, case.shape, shared, torch.device(device))
+        if isinstance(module, Refusal):
+            assert module.reason, f"{descriptor.name}: `linear` is refused without a reason"
+            return
+        choose: Any = getattr(module, "choice", None)
+        for dtype in (torch.float32,) if choose is None else LINEAR_ERROR:
+            for rows in ROWS:
+                _check_outputs(descriptor.name, module, given[:rows].to(dtype), restored)
+        _check_outputs(descriptor.name, module, given[:6].reshape(2, 3, -1), restored)
+        _check_outputs(descriptor.name, module, given[:5].T.contiguous().T, restored)
+        nothing = tuple(module(given[:0]).shape)
+        assert nothing == (0, case.shape.out_features), f"{descriptor.name}: `linear` of no rows gives {nothing}"
+    if choose is not None:
+        for rows in (1, ROWS[-1]):
+            found = choose(rows)
+            said = isinstance(found, Choice) and found.kernel and found.reason
+            assert said, f"{descriptor.name}: choice({rows}) must be a Choice with a kernel and a reason, not {found!r}"
+
+
+def _check_outputs(name: str, module: Any, inputs: Tensor, restored: Tensor) -> None:
+    """Against a dense layer: weights rounded to the inputs' dtype, sums in float32.
+
+    The energy is what outputs of such inputs have on average: a single one may be near zero by chance.
+    """
+    outputs, shape = module(inputs), (*inputs.shape[:-1], restored.shape[0])
+    what = f"{name}: `linear` of {tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+    found = (tuple(outputs.shape), outputs.dtype)
+    assert found == (shape, inputs.dtype), f"{what} gives {found}, expected {(shape, inputs.dtype)}"
+    expected = inputs.float() @ restored.to(inputs.dtype).float().T
+    energy = inputs.float().square().sum() * restored.square().sum() / restored.shape[1]
+    difference = float((outputs.float() - expected).square().sum() / energy)
+    assert difference <= LINEAR_ERROR[inputs.dtype], (
+        f"{what} differs from the restored weight by {difference:g} of its outputs' energy; both must decode the same"
+    )
+
+
+def check_held(descriptor: Compressor, options: Options, case: Case, smaller: Case) -> None:
+    """From a small layer to a larger one, `held_bytes` grows as what is stored does, and a little for every row and
+    column: tables of a fixed size may be decoded, the weight may not. Modules that do not say are left alone."""
+    grown = []
+    for one in (case, smaller):
+        compressor, packed, shared, _ = run_case(descriptor, options, one)
+        module = compressor.linear(packed, one.shape, shared, torch.device("cpu"))
+        held = getattr(module, "held_bytes", None)
+        if not isinstance(held, int):
+            assert held is None, f"{descriptor.name}: held_bytes must be a whole number of bytes, not {held!r}"
+            return
+        assert not isinstance(module, Refusal)
+        tensors = [*module.parameters(), *module.buffers()]
+        there = sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+        assert held >= there, f"{descriptor.name}: held_bytes says {held}, the module's tensors alone take {there}"
+        allowed = packed.nbytes + HELD_PER_LINE * (one.shape.out_features + one.shape.in_features)
+        grown.append((held, allowed + (0 if shared is None else shared.nbytes)))
+    held, allowed = (large - small for large, small in zip(*grown, strict=True))
+    assert held <= allowed + HELD_AT_ALL, (
+        f"{descriptor.name}: between layers of {smaller.shape.weights} and {case.shape.weights} weights held_bytes "
+        f"grows by {held}, what is stored with some bytes a row and column by {allowed}: no decoded weight may be kept"
     )
 
 
@@ -372,6 +433,7 @@ def check_cuda(descriptor: Compressor, options: Options, case: Case) -> None:
     twin = restore_layer(compressor, home, case.shape, common)
     close = torch.allclose(twin, restored.cpu(), rtol=1e-5, atol=1e-7)
     assert close, f"{descriptor.name}: CPU and GPU decode the same tensors to different weights"
+    check_linear(descriptor, options, case, device="cuda")
 
 
 # -- a whole model -------------------------------------------------------------------------------------------
@@ -483,6 +545,8 @@ def check_compressor(
                 check_tunable(descriptor, plain, case)
                 check_round_trip(descriptor, plain, case, folder)
                 check_linear(descriptor, plain, case)
+            if SHAPES[1] not in refused:
+                check_held(descriptor, plain, make_case(*SHAPES[0]), make_case(*SHAPES[1]))
             check_extremes(descriptor, plain)
             check_cuda(descriptor, plain, make_case(*SHAPES[0]))
             for setting in settings[1:]:

@@ -21,7 +21,15 @@ from evenbits.measure import Finding, Measurement, ProfileSubject, Remark
 from evenbits_hardware.absent import NoMeter
 from evenbits_hardware.meters import Meter, open_meter
 from evenbits_hardware.options import AUTO, EnergyOptions
-from evenbits_hardware.workload import check_device, prepare, was_cut, what_ran
+from evenbits_hardware.workload import (
+    check_device,
+    left_dense,
+    open_subject,
+    prepare,
+    was_cut,
+    what_ran,
+    which_kernels,
+)
 
 REST_SECONDS = 0.01  # between two looks at rest
 STALL_SECONDS = 30.0
@@ -132,8 +140,7 @@ class EnergyProfiler:
 
     def _metered(self, meter: Meter, subject: ProfileSubject) -> Sequence[Finding]:
         options = self.options
-        model, _ = subject.load()
-        model.eval()
+        model = open_subject(subject, options.weights)
         work = prepare(model, options, options.batch_size, subject)
         tick = subject.progress(4, "energy")
         work.wait()
@@ -147,16 +154,17 @@ class EnergyProfiler:
         both = meter_stretch(meter, work.repeat, options.seconds, options.updates)
         tick(1)
         fingerprint = {
-            **what_ran("energy", subject),
+            **what_ran("energy", subject, options.weights),
             **work.facts,
             "cut_to_context": was_cut(work, options),
             "meter": {"name": meter.name, "kind": meter.kind, "scope": meter.scope, **meter.facts},
             "seconds": options.seconds,
             "updates": options.updates,
         }
-        found = per_token(work.prompt.shape, work.decode_tokens, rest, prefill, both, fingerprint)
+        kernels = which_kernels(model, work)
+        found = per_token(work.prompt.shape, work.decode_tokens, rest, prefill, both, fingerprint, kernels)
         remark = blind(meter, rest, both)
-        return found if remark is None else [*found, remark]
+        return [*found, *([] if remark is None else [remark]), *left_dense(model)]
 
 
 def blind(meter: Meter, rest: Stretch | None, work: Stretch) -> Remark | None:
@@ -176,8 +184,10 @@ def per_token(
     prefill: Stretch,
     both: Stretch,
     fingerprint: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
 ) -> Sequence[Finding]:
-    """From what three stretches took to joules per token. prompt: (batch, tokens); decode_tokens: of one sequence."""
+    """From what three stretches took to joules per token. prompt: (batch, tokens); decode_tokens: of one sequence;
+    more: further details."""
     batch, prompt_tokens = prompt
     resting = 0.0 if rest is None else rest.watts
     once = prefill.joules / prefill.repeats
@@ -204,6 +214,7 @@ def per_token(
                 "tokens_per_repeat": tokens,
                 "resolution": 1 / updates,  # of a stretch: one update of the meter
                 "stretches": stretches,
+                **(more or {}),
             },
             volatile=True,
         )

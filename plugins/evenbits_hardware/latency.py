@@ -39,11 +39,13 @@ def time_and_rate(
     fingerprint: Mapping[str, Any],
     seed: int,
     suffix: str = "",
+    more: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
     """Latency `latency_{phase}_{unit}` and rate `{phase}_tokens_per_second` of one batch size.
 
     seconds: (repeats, steps), at least two repeats. tokens: of one step, over all sequences of the batch. The latency
     is the median over all steps, in milliseconds; the rate is tokens over that latency, its interval likewise.
+    more: further details of both.
     """
     timings = 1000 * np.asarray(seconds, dtype=np.float64)
     low, high = bootstrap_median(timings, seed)
@@ -57,6 +59,7 @@ def time_and_rate(
         "tokens_per_step": tokens,
         "ms_per_token_over_batch": p50 / tokens,
         "interval": "95 % bootstrap of the median over repeats",
+        **(more or {}),
     }
     latency = Measurement(
         name=f"latency_{phase}_{unit.replace('/', '_per_')}{suffix}",
@@ -78,7 +81,12 @@ def time_and_rate(
         low=1000 * tokens / high,
         high=1000 * tokens / low,
         fingerprint=fingerprint,
-        details={"tokens_per_step": tokens, "milliseconds_per_step": p50, "interval": "the latency's, inverted"},
+        details={
+            "tokens_per_step": tokens,
+            "milliseconds_per_step": p50,
+            "interval": "the latency's, inverted",
+            **(more or {}),
+        },
         volatile=True,
     )
     return [latency, rate]

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, field_validator
 
 from evenbits.compressor import Options
+from evenbits.measure import Weights
 from evenbits.plugins import did_you_mean
 
 AUTO = "auto"
@@ -24,6 +25,13 @@ class WorkloadOptions(Options):
 
     prompt_tokens: int = Field(default=128, ge=1, description="length of the prompt; cut where the model's context is")
     decode_tokens: int = Field(default=32, ge=1, description="tokens decoded one by one after each prefill")
+    weights: Weights = Field(
+        default="restored",
+        description="restored: every layer on its restored dense weight, which says nothing about a method's speed. "
+        "packed: each layer by its method's packed path where there is one, the dense model by torch's matmul. "
+        "To have both, use the profiler twice and give one a label; sizes and the memory of compressing, which are "
+        "the same for both, come with restored alone",
+    )
 
 
 class HardwareOptions(WorkloadOptions):

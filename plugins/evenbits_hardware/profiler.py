@@ -1,4 +1,4 @@
-"""What a restored model costs on this machine: bytes, milliseconds, tokens per second, memory.
+"""What a stored model costs on this machine: bytes, milliseconds, tokens per second, memory.
 
 It makes no claim about hardware that it did not run on, nor about a kernel that did not run: both are part of each
 fingerprint (see `workload.what_ran`).
@@ -6,6 +6,7 @@ fingerprint (see `workload.what_ran`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,19 +19,35 @@ from evenbits_hardware.latency import time_and_rate
 from evenbits_hardware.memory import ALLOCATOR, DevicePeak, set_aside
 from evenbits_hardware.nvml import Board
 from evenbits_hardware.options import HardwareOptions
-from evenbits_hardware.workload import check_device, prepare, was_cut, what_ran
+from evenbits_hardware.workload import (
+    check_device,
+    left_dense,
+    open_subject,
+    prepare,
+    was_cut,
+    what_ran,
+    which_kernels,
+)
+
+BEFORE = "one load and run"  # of what a process does before its memory is metered
 
 
-def load_metered(subject: ProfileSubject, board: Board | None = None) -> tuple[nn.Module, DevicePeak]:
+def load_metered(
+    subject: ProfileSubject, options: HardwareOptions, board: Board | None = None
+) -> tuple[nn.Module, DevicePeak]:
     """The model, and the memory it took to load it.
 
-    A first load also imports code and makes what libraries make once (threads, tables), which dwarfs a small model and
-    depends on what this process did before. So it is done again, and only the second one counts.
+    A first load also imports code and makes what libraries make once (threads, tables), and so does a first run
+    (workspaces of matrix products, kernels of packed layers, which are compiled then), which dwarfs a small model and
+    depends on what this process did before. So a model is loaded and run, and only the second one counts.
     """
-    model, _ = subject.load()
+    model = open_subject(subject, options.weights)
+    for size in options.batch_sizes:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # said when this size is measured
+            prepare(model, options, size, subject).repeat()
     del model
     with DevicePeak(subject.device, board) as peak:
-        model, _ = subject.load()
+        model = open_subject(subject, options.weights)
     return model, peak
 
 
@@ -53,9 +70,8 @@ class HardwareProfiler:
         options = self.options
         remarks: list[Finding] = []
         board = _board(subject, remarks)
-        model, loading = load_metered(subject, board)
-        model.eval()
-        ran = what_ran("hardware", subject)
+        model, loading = load_metered(subject, options, board)
+        ran = what_ran("hardware", subject, options.weights)
         repeats = len(options.batch_sizes) * (options.warmup + options.repeats)
         tick = subject.progress(repeats, "hardware")
         timed: list[Finding] = []
@@ -74,13 +90,15 @@ class HardwareProfiler:
                 continue
             timed += times
             memory += warming
+        stored = options.weights == "restored"  # what does not depend on how the model is opened is said there alone
         return [
-            *_sizes(subject),
+            *(_sizes(subject) if stored else ()),
             *timed,
             *_memory("memory_load", loading, loading, ran),
-            *_compression(subject, ran),
+            *(_compression(subject, ran) if stored else ()),
             *memory,
             *remarks,
+            *left_dense(model),
         ]
 
     def _batch(
@@ -110,11 +128,12 @@ class HardwareProfiler:
             tick(1)
         asked = {**ran, **work.facts, "cut_to_context": was_cut(work, options)}
         timed = {**asked, "warmup": options.warmup}
+        kernels = which_kernels(model, work)
         times: list[Finding] = [
-            *time_and_rate("prefill", "ms", prefill, work.prompt.numel(), timed, subject.seed, suffix),
-            *time_and_rate("decode", "ms/token", decode, size, timed, subject.seed, suffix),
+            *time_and_rate("prefill", "ms", prefill, work.prompt.numel(), timed, subject.seed, suffix, kernels),
+            *time_and_rate("decode", "ms/token", decode, size, timed, subject.seed, suffix, kernels),
         ]
-        return times, _memory("memory_inference", warming, loading, asked, suffix)
+        return times, _memory("memory_inference", warming, loading, asked, suffix, kernels)
 
 
 def _board(subject: ProfileSubject, remarks: list[Finding]) -> Board | None:
@@ -150,7 +169,12 @@ def _sizes(subject: ProfileSubject) -> list[Measurement]:
 
 
 def _memory(
-    name: str, peak: DevicePeak, loading: DevicePeak, fingerprint: Mapping[str, Any], suffix: str = ""
+    name: str,
+    peak: DevicePeak,
+    loading: DevicePeak,
+    fingerprint: Mapping[str, Any],
+    suffix: str = "",
+    more: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
     """Growth over what was held before the model was loaded: the process brings torch along, which is no method's."""
 
@@ -160,13 +184,14 @@ def _memory(
             value=float(max(0, value - baseline)),
             unit="bytes",
             better="lower",
-            fingerprint={**fingerprint, "meter": meter},
+            fingerprint={**fingerprint, "meter": meter, "before": BEFORE},
             details={
                 "peak_bytes": value,
                 "baseline_bytes": baseline,
                 "host_peak_bytes": peak.host.peak,
                 "host_baseline_bytes": loading.host.baseline,
                 "host_meter": peak.host.meter,
+                **(more or {}),
             },
             volatile=True,
         )

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from evenbits.environment import describe_environment
 from evenbits.errors import TrialFailed
-from evenbits.measure import ProfileSubject
+from evenbits.measure import Finding, ProfileSubject, Remark, Weights, facts_of
+from evenbits.packed import kernels_of
 from evenbits_hardware.options import WorkloadOptions
 
 
@@ -116,18 +117,39 @@ def device_name(device: torch.device) -> str:
     return str(describe_environment()["processor"])
 
 
-def what_ran(profiler: str, subject: ProfileSubject) -> Mapping[str, Any]:
+def open_subject(subject: ProfileSubject, weights: Weights) -> nn.Module:
+    """The model in eval mode with its weights as asked for."""
+    model, _ = subject.load() if weights == "restored" else subject.load(weights)
+    opened: nn.Module = model.eval()
+    return opened
+
+
+def which_kernels(model: nn.Module, work: Workload) -> dict[str, Any]:
+    """What computed the layers of a packed model in prefill and in decoding, for details; {} for any other model."""
+    kernels = kernels_of(model)
+    if kernels is None:
+        return {}
+    batch = work.prompt.shape[0]
+    return {"kernels": kernels.facts({"prefill": work.prompt.numel(), "decode": batch})}
+
+
+def left_dense(model: nn.Module) -> list[Finding]:
+    """A remark where layers of a packed model ran on dense weights."""
+    kernels = kernels_of(model)
+    return [] if kernels is None or kernels.remark is None else [Remark(kernels.remark)]
+
+
+def what_ran(profiler: str, subject: ProfileSubject, weights: Weights = "restored") -> Mapping[str, Any]:
     """Kernel, device and versions, for the fingerprints of all that depends on them; call it once the model is open.
 
     A subject that does not say which kernel runs its layers is refused: its figures could be taken for a fused path's.
     """
-    kernel = subject.facts.get("kernel")
-    if not kernel:
+    facts = facts_of(subject, weights)
+    if not facts.get("kernel"):
         raise TrialFailed(f"{profiler}: what is measured does not say which kernel runs its layers")
     return {
         "profiler": profiler,
-        **subject.facts,
-        "kernel": kernel,
+        **facts,
         "device": subject.device.type,
         "device_name": device_name(subject.device),
         "threads": torch.get_num_threads(),

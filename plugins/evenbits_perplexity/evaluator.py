@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from evenbits.errors import TrialFailed
-from evenbits.measure import Measurement, Subject, Text
+from evenbits.measure import Finding, Measurement, Remark, Subject, Text, facts_of
+from evenbits.packed import kernels_of
 from evenbits.sampling import tokenizer_identity
 from evenbits.statistics import bootstrap_interval
 from evenbits_perplexity import counts
@@ -29,8 +30,9 @@ class PerplexityEvaluator:
     def __init__(self, options: PerplexityOptions) -> None:
         self.options = options
 
-    def evaluate(self, subject: Subject) -> Sequence[Measurement]:
-        """One measurement, "perplexity", and those of the option `per`.
+    def evaluate(self, subject: Subject) -> Sequence[Finding]:
+        """One measurement, "perplexity", and those of the option `per`; a remark where layers of a packed model ran
+        on dense weights.
 
         items: per window, the loss in nats per token (float64), or per word, per byte, or in bits per byte. Under
         windows = documents or rolling, whose windows differ in length, each is weighted by its share of the
@@ -43,7 +45,7 @@ class PerplexityEvaluator:
         """
         options = self.options
         text = subject.corpus(options.corpus)
-        context = options.context or _model_context(subject.model)
+        context = options.context or _model_context(self._model(subject))
         text_counts = counts.count_text(text) if options.allow_other_counts else counts.check_text(text)
         cut = cut_windows(text, subject.tokenizer, context, options)
         known = {}
@@ -83,11 +85,29 @@ class PerplexityEvaluator:
                 **known,
                 "text": text_counts,
                 **_per_units(float(sums.sum()), units),
+                **self._kernels(subject, cut, context),
                 **({} if len(set(predicted)) == 1 else {"weights": predicted.astype(int).tolist()}),
             },
             items=items,
         )
-        return [found, *(self._per(name, found, units, loss, low, high) for name in options.per)]
+        per = [self._per(name, found, units, loss, low, high) for name in options.per]
+        return [found, *per, *self._remarks(subject)]
+
+    def _model(self, subject: Subject) -> Any:
+        return subject.model if self.options.weights == "restored" else subject.packed_model
+
+    def _kernels(self, subject: Subject, cut: Cut, context: int) -> dict[str, Any]:
+        """What computed the layers of a packed model, at the rows of the largest batch."""
+        kernels = kernels_of(subject.packed_model) if self.options.weights == "packed" else None
+        if kernels is None:
+            return {}
+        batches = order_batches(cut.windows, self.options.batch_size)
+        rows = max(batch_inputs(cut.windows, batch, context).numel() for batch in batches)
+        return {"kernels": kernels.facts({"batch": rows})}
+
+    def _remarks(self, subject: Subject) -> list[Finding]:
+        kernels = kernels_of(subject.packed_model) if self.options.weights == "packed" else None
+        return [] if kernels is None or kernels.remark is None else [Remark(kernels.remark)]
 
     def _losses(self, subject: Subject, cut: Cut, context: int) -> tuple[FloatArray, str]:
         batches = order_batches(cut.windows, self.options.batch_size)
@@ -99,7 +119,7 @@ class PerplexityEvaluator:
                 raise TrialFailed("memory = block: this model cannot be streamed; leave memory out")
             logits = stream(inputs)
         else:
-            logits = model_logits(subject.model, inputs, subject.device)
+            logits = model_logits(self._model(subject), inputs, subject.device)
         return sum_losses(cut.windows, batches, logits, subject.progress(len(cut.windows), "perplexity"))
 
     def _units(self, subject: Subject, text: Text, cut: Cut) -> dict[str, int] | None:
@@ -163,7 +183,7 @@ class PerplexityEvaluator:
     def _fingerprint(self, subject: Subject, text: Text, cut: Cut, context: int) -> dict[str, Any]:
         options, tokenizer = self.options, subject.tokenizer
         fingerprint = {
-            **subject.facts,
+            **facts_of(subject, options.weights),
             "corpus": dict(text.identity),
             "tokenizer": tokenizer_identity(tokenizer),
             "bos": options.bos,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from evenbits.compressor import Options
+from evenbits.measure import Weights
 from evenbits_perplexity.protocols import expand
 
 PerUnit = Literal["word_perplexity", "byte_perplexity", "bits_per_byte"]
@@ -62,6 +63,11 @@ class PerplexityOptions(Options):
         description="what is held in memory: the whole model, or one block at a time, read from what is stored. "
         "The figure is the same",
     )
+    weights: Weights = Field(
+        default="restored",
+        description="restored: every layer on its restored dense weight. packed: each layer by its method's packed "
+        "path where there is one, to see that a kernel gives the model's quality",
+    )
     allow_other_counts: bool = Field(
         default=False,
         description="measure even where the text is not what its name says, or gives another number of tokens than "
@@ -88,6 +94,8 @@ class PerplexityOptions(Options):
             raise ValueError("windows = rolling has its own token in front: bos can only be start or none")
         if self.memory == "block" and self.context is None:
             raise ValueError("memory = block never opens the whole model: give context")
+        if self.memory == "block" and self.weights == "packed":
+            raise ValueError("memory = block restores the weights of a block at a time: weights can only be restored")
         whole = self.windows == "rolling" and self.max_windows is None  # every token of every document is predicted
         if not whole and (self.units_of is not None or self.words == "pieces"):
             raise ValueError(

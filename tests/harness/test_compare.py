@@ -137,6 +137,13 @@ def test_costs_are_compared_where_the_same_was_metered(trials: Trials) -> None:
         "energy: both ran on weights restored to dense ones, so what these differ by is not what the methods' own "
         "kernels would",
     )
+    kernels = {"phases": {"decode": {"rows": 1, "ran": [{"kernel": "gemv", "config": "", "reason": "x", "layers": 5}]}}}
+    for name, details in (("p", {"kernels": kernels}), ("q", {"kernels": {"whole": "as it is"}})):
+        metric = cost("energy", 10.0, "J", volatile=True, details=details)
+        trials.add(name, metric, protocol={**meter, "kernel": "packed"})
+    assert versus(trials, "tests:p", "tests:q").notes == (
+        "energy: with packed weights, tests:p: decode of 1 row: 5 layers by gemv (x); tests:q: as it is",
+    )
     with pytest.raises(SuiteError, match=r"energy: different protocols: meter \(RAPL against NVML\)"):
         versus(trials, "tests:a", "tests:c", metrics=["energy"])
 

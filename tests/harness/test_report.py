@@ -435,6 +435,42 @@ def test_costs_say_what_ran(store: Store) -> None:
     assert [line.split("|")[-3:-1] for line in shown] == [[" 0.2000 ", " - "], [" - ", " 0.1000 "]]  # and no mark
 
 
+PACKED = {
+    "packed_layers": 5,
+    "dense_layers": 2,
+    "held_bytes": 1500,
+    "why_dense": {"no kernel": 2},
+    "phases": {"decode": {"rows": 1, "ran": [{"kernel": "gemv", "config": "wide", "reason": "one row", "layers": 5}]}},
+}
+
+
+def test_what_ran_from_packed_weights_stands_beside_its_ratio(store: Store) -> None:
+    def timed(value: float, kernels: Any) -> list[MetricFacts]:
+        return [cost(value).model_copy(update={"details": {"kernels": kernels}})]
+
+    whole = {"packed_layers": 0, "dense_layers": 0, "whole": "the dense model, by torch's matmul"}
+    store.add("dense", None, items=worse_by(0.0), metrics=timed(0.2, whole), kernel="packed")
+    store.add("rtn", 2.0, items=worse_by(0.1), metrics=timed(0.1, PACKED), kernel="packed")
+    store.add("gptq", 2.0, items=worse_by(0.2), metrics=timed(0.3, PACKED), kernel="packed")
+    refused = {"packed_layers": 0, "dense_layers": 7, "why_dense": {"no kernel": 7}}
+    store.add("spqr", 2.0, items=worse_by(0.3), metrics=timed(0.2, refused), kernel="packed")
+    text = as_markdown(store.table())
+    header, _, *rows = text.split("cost of running")[1].split("\n\n")[1].splitlines()
+    assert header.endswith("| decode (s) ↓ (kernel packed) | vs dense |")
+    assert [row.split("|")[-3:-1] for row in rows] == [
+        [" 0.2000 ", " 1.000 "], [" 0.1000 ", " 0.500 "], [" 0.3000 ", " 1.500 "], [" 0.2000 ", " dense "],
+    ]  # fmt: skip
+    assert "ran from packed weights where a method has a path for its layers, the dense model by torch's matmul" in text
+    assert "say nothing about the method's speed" not in text
+    assert "with packed weights, dense: the dense model, by torch's matmul." in text
+    assert (
+        "with packed weights, rtn @ 2 ±0.05 (holding 1.5 kB), gptq @ 2 ±0.05 (holding 1.5 kB): "
+        "decode of 1 row: 5 layers by gemv wide (one row); "
+        "2 layers on dense weights (no kernel)"
+    ) in text
+    assert "with packed weights, spqr @ 2 ±0.05: 7 layers on dense weights (no kernel)" in text
+
+
 def test_protocols_are_listed_by_column(store: Store) -> None:
     store.add("rtn", 2.0, items=worse_by(0.1), metrics=[cost(0.2)])
     table = store.table()

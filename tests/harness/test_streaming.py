@@ -348,7 +348,8 @@ def test_the_process_stays_small(tmp_path: Path) -> None:
     assert size > 16 * 6e6
     dense, packed, whole = json.loads(done.stdout)
     assert max(dense, packed) < 0.4 * size  # a few blocks' worth
-    assert 0.9 * size < whole < 2 * size  # there once, and what the allocator keeps; state and model together are 2.4
+    # there once, in part where streaming has left free memory, and what the allocator keeps; twice would be 2.4
+    assert 0.7 * size < whole < 2 * size
 
 
 # -- the subject ---------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from evenbits.environment import package_version
 from evenbits.errors import SuiteError, TrialFailed
-from evenbits.measure import Finding, Measurement, Remark, fingerprint_id
+from evenbits.measure import Finding, Measurement, Remark, Weights, fingerprint_id
+from evenbits.packed import LayerKernels, attach_kernels
 from evenbits.suite import check_options
 from evenbits_hardware import energy, estimate, meters, profiler, provide_profilers, rapl
 from evenbits_hardware.absent import NoMeter
@@ -65,7 +67,7 @@ class LlamaSubject:
     )
     ticks: int = 0
 
-    def load(self) -> tuple[nn.Module, Any]:
+    def load(self, weights: Weights = "restored") -> tuple[nn.Module, Any]:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=96,
@@ -157,6 +159,32 @@ def test_rapl_counts_packages_once_and_over_its_wraps(two_packages: Ledger, batc
             assert stretch["seconds"] >= 0.02
             assert stretch["updates"] >= 3
             assert stretch["watts"] == pytest.approx(stretch["joules"] / stretch["seconds"])
+
+
+@dataclass
+class PackedSubject(LlamaSubject):
+    """Its layers are said to be computed by a kernel, but for one."""
+
+    def load(self, weights: Weights = "restored") -> tuple[nn.Module, Any]:
+        model, tokenizer = super().load()
+        return (model if weights == "restored" else attach_kernels(model, LayerKernels({}, {"a": "none"}))), tokenizer
+
+
+def test_packed_weights_are_metered_under_their_own_protocol(two_packages: Ledger) -> None:
+    (made,) = (p for p in provide_profilers() if p.name == "energy")
+    either = {}
+    for weights in ("restored", "packed"):
+        options = EnergyOptions.model_validate({**QUICK, "weights": weights})
+        either[weights] = made.make(options).profile(PackedSubject(two_packages))
+    remarks = [one.text for one in either["packed"] if isinstance(one, Remark)]
+    assert remarks == ["1 of 1 layers ran on dense weights: none (1 layer)"]
+    assert not any(isinstance(one, Remark) for one in either["restored"])
+    restored, packed = ([m for m in found if isinstance(m, Measurement)] for found in either.values())
+    assert len(packed) == 2
+    for one, other in zip(restored, packed, strict=True):
+        assert other.fingerprint == {**one.fingerprint, "kernel": "packed", "numba": package_version("numba")}
+        assert other.details["kernels"] == {"packed_layers": 0, "dense_layers": 1, "why_dense": {"none": 1}}
+        assert "kernels" not in one.details
 
 
 def test_a_counter_that_may_not_be_read_says_what_helps(powercap: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -580,10 +608,13 @@ def test_memory_by_nvml_stands_beside_the_allocators(
 ) -> None:
     nvml.used = 400
     monkeypatch.setattr(profiler, "_board", lambda subject, remarks: Board(CUDA))
+    loads = 0
 
     @dataclass
     class OnBoard(LlamaSubject):
-        def load(self) -> tuple[nn.Module, Any]:
+        def load(self, weights: Weights = "restored") -> tuple[nn.Module, Any]:
+            nonlocal loads
+            loads += 1
             model, tokenizer = super().load()
             nvml.used = 1000
             weakref.finalize(model, setattr, nvml, "used", 400)  # it is loaded twice
@@ -593,7 +624,7 @@ def test_memory_by_nvml_stands_beside_the_allocators(
 
     def spend(joules: float) -> None:
         nvml.used = 1500
-        nvml.refused = {"memory"} if breaks else set()
+        nvml.refused = {"memory"} if breaks and loads == 2 else set()  # while inference is metered
 
     ledger.spent = spend
     options = HardwareOptions(prompt_tokens=12, decode_tokens=2, repeats=2, warmup=1)

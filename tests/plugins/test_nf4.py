@@ -15,6 +15,7 @@ from evenbits.budget import BitBudget
 from evenbits.compressor import Layer, LayerShape, ModelShapes, PackedLayer, Refusal
 from evenbits.errors import SuiteError, TrialFailed
 from evenbits.shapes import LLAMA2_7B
+from evenbits.testing import check_linear, make_case
 from evenbits_nf4 import provide_compressors
 from evenbits_nf4.compressor import Nf4Compressor, levels
 from evenbits_nf4.options import Nf4Options, fit, predict
@@ -181,6 +182,27 @@ def test_fit_refuses_below_four_bits_and_wrong_options() -> None:
     assert kept.double_quant
     with pytest.raises(SuiteError, match="option blocksize"):
         fit(BitBudget(4.0, 0.1), LLAMA2_7B, {"blocksize": 64})
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("size", [(7, 16), (5, 128), (3, 64)])  # blocks of four rows, of half a row, of one
+def test_a_layer_computes_from_its_codes(size: tuple[int, int], double_quant: bool) -> None:
+    options = Nf4Options(block_size=64, double_quant=double_quant)
+    case = make_case(*size)
+    packed, _ = compress(case.weight, **options.model_dump())
+    module = Nf4Compressor(options).linear(packed, case.shape, None, torch.device("cpu"))
+    assert isinstance(module, torch.nn.Module)
+    (descriptor,) = provide_compressors()
+    check_linear(descriptor, options, case)
+
+
+def test_blocks_across_the_ends_of_rows_are_refused() -> None:
+    packed, _ = compress(gaussian(24, 40), block_size=64)
+    found = Nf4Compressor(Nf4Options(block_size=64)).linear(
+        packed, shape_of(gaussian(24, 40)), None, torch.device("cpu")
+    )
+    assert isinstance(found, Refusal)
+    assert "blocks of 64 weights run across the ends of rows of 40" in found.reason
 
 
 def test_descriptor() -> None:

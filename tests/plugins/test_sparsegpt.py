@@ -18,7 +18,7 @@ from evenbits.errors import SuiteError, TrialFailed
 from evenbits.maths.bitpack import pack, unpack
 from evenbits.maths.hessian import calibrated_error
 from evenbits.shapes import LLAMA2_7B, QWEN3_14B, llama_shapes
-from evenbits.testing import check_compressor
+from evenbits.testing import check_compressor, check_linear, make_case
 from evenbits_gptq.compressor import GptqCompressor
 from evenbits_gptq.options import GptqOptions
 from evenbits_sparsegpt import provide_compressors
@@ -469,3 +469,28 @@ def test_descriptor() -> None:
     assert DESCRIPTOR.needs_of(SparseGptOptions(true_sequential=False)) == Needs("second_moment", sequential=True)
     assert SparseGptOptions(bits=3).shown() == ("pattern", "sparsity", "bits", "group_size", "symmetric")
     assert SparseGptOptions(damping=0.1).shown() == ("pattern", "sparsity", "value_dtype", "damping")
+
+
+# -- computing from the codes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_layer_without_a_mask_computes_from_its_codes(symmetric: bool) -> None:
+    fields: dict[str, Any] = {"sparsity": 0.0, "bits": 3, "group_size": 16, "symmetric": symmetric}
+    case = make_case(24, 40)
+    packed, _ = compress(case.weight, case.second_moment, **fields)
+    module = SparseGptCompressor(SparseGptOptions(**fields)).linear(packed, case.shape, None, torch.device("cpu"))
+    assert isinstance(module, torch.nn.Module)
+    check_linear(DESCRIPTOR, SparseGptOptions(**fields), case)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"bits": 4}, "no fused path for a mask"), ({"sparsity": 0.0}, "weights are stored as float16")],
+)
+def test_what_has_no_fused_path_says_so(fields: dict[str, Any], said: str) -> None:
+    case = make_case(24, 40)
+    packed, _ = compress(case.weight, case.second_moment, **fields)
+    found = SparseGptCompressor(SparseGptOptions(**fields)).linear(packed, case.shape, None, torch.device("cpu"))
+    assert isinstance(found, Refusal)
+    assert said in found.reason

@@ -15,7 +15,7 @@ from evenbits.errors import SuiteError, TrialFailed
 from evenbits.maths.bitpack import packed_bytes, unpack
 from evenbits.maths.hessian import calibrated_error, inverse_factor
 from evenbits.shapes import LLAMA2_7B, QWEN3_14B, llama_shapes
-from evenbits.testing import check_compressor
+from evenbits.testing import check_compressor, check_linear, make_case
 from evenbits_gptq.compressor import GptqCompressor
 from evenbits_gptq.options import GptqOptions
 from evenbits_spqr import provide_compressors
@@ -486,3 +486,29 @@ def test_descriptor() -> None:
     assert DESCRIPTOR.needs_of(SpqrOptions()) == Needs("second_moment", sequential=True, within_block=True)
     assert DESCRIPTOR.needs_of(SpqrOptions(sequential=False)) == Needs("second_moment")
     assert most_outliers(SpqrOptions(outliers=0.01), LayerShape("layer", 0, "any", 64, 128)) == 81
+
+
+# -- computing from the codes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("static_groups", [False, True])
+def test_a_layer_without_extras_computes_from_its_codes(static_groups: bool) -> None:
+    fields: dict[str, Any] = {"stats_bits": None, "outliers": 0.0, "group_size": 8, "static_groups": static_groups}
+    case = make_case(24, 40)
+    packed, _ = compress(case.weight, case.second_moment, **fields)
+    module = SpqrCompressor(SpqrOptions(**fields)).linear(packed, case.shape, None, torch.device("cpu"))
+    assert isinstance(module, torch.nn.Module)
+    check_linear(DESCRIPTOR, SpqrOptions(**fields), case)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"stats_bits": None}, "weights kept in float16"), ({"outliers": 0.0}, "zero points that are themselves rounded")],
+)
+def test_what_has_no_fused_path_says_so(fields: dict[str, Any], said: str) -> None:
+    case = make_case(24, 40)
+    packed, _ = compress(case.weight, case.second_moment, **fields)
+    found = SpqrCompressor(SpqrOptions(**fields)).linear(packed, case.shape, None, torch.device("cpu"))
+    assert isinstance(found, Refusal)
+    assert said in found.reason
+    assert " and " not in found.reason

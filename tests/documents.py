@@ -31,6 +31,7 @@ READING = {
     "opened": "a stored model, open for training",
     "recovery": "the stage after",
     "streaming": "a stored model's logits, one block in memory",
+    "packed": "a stored model, each layer on its packed weights",
     "findings": "what evaluators and profilers return, checked",
     "stages": "what the child processes do",
     "executor": "the child processes",

@@ -107,7 +107,7 @@ def _kernels(compared: Sequence[Compared], a: Named, b: Named) -> Iterator[str]:
         kernel = protocol_of(record, metric).get("kernel")
         if kernel == KERNEL_POLICY["restored"] and one.column.volatile:
             restored.append(one.column.name)
-        elif kernel == KERNEL_POLICY["packed"]:
+        elif kernel in (KERNEL_POLICY["packed"], KERNEL_POLICY["approximate"]):
             said = tuple(_said(side, one.column) for side in (a, b))
             packed.setdefault(said, []).append(one.column.name)
     if restored:

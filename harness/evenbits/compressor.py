@@ -235,6 +235,12 @@ class LayerCompressor:
         """A module that computes from the packed form, or why there is none."""
         return Refusal("no fused path: the layer runs on its restored dense weight")
 
+    def approximate_linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """As `linear`, or a faster module that computes with something near what is stored and says how near."""
+        return self.linear(packed, layer, shared, device)
+
 
 @dataclass
 class Block:

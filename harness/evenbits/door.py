@@ -236,7 +236,8 @@ def load(artifact_folder: str | Path, *, device: str = "cpu", weights: Weights =
 
     weights: "restored" decodes every layer to a dense weight. "packed" computes each layer from what is stored, by the
     method's kernel for the device, and takes the memory of the packed model; a warning says which layers the method
-    has no such path for, and `evenbits.packed.kernels_of(model)` what computes each of the others.
+    has no such path for, and `evenbits.packed.kernels_of(model)` what computes each of the others. "approximate" takes
+    what the method offers as faster and near what is stored: PocketLLM's decoders folded into tables.
 
     Raises ArtifactError for a damaged or too new artifact and, with packed weights, for a model stored whole;
     SuiteError when the method's plugin is not installed or for an unknown device; ValueError for other `weights`.

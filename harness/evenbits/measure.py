@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 Better = Literal["lower", "higher"]
 
-Weights = Literal["restored", "packed"]
-"""What a model computes with: weights restored to dense ones, or each layer's packed form where its method can."""
+Weights = Literal["restored", "packed", "approximate"]
+"""What a model computes with: weights restored to dense ones; each layer's packed form where its method can; or what
+the method offers as faster and near that form (PocketLLM's decoders folded into tables)."""
 
-KERNEL_POLICY: Mapping[Weights, str] = {"restored": "dense-restored", "packed": "packed"}
+KERNEL_POLICY: Mapping[Weights, str] = {
+    "restored": "dense-restored",
+    "packed": "packed",
+    "approximate": "packed-approximate",
+}
 """The "kernel" of a fingerprint: a policy, alike for all methods and the dense model, which is torch's own under both.
 What really ran stands in a measurement's details."""
 
@@ -114,10 +119,9 @@ class Subject(_Stored, Protocol):
     @property
     def model(self) -> Any: ...
 
-    @property
-    def packed_model(self) -> Any:
-        """The same model with each layer computed from its packed form where its method can.
-        `evenbits.packed.kernels_of` says what computes each layer."""
+    def opened(self, weights: Weights) -> Any:
+        """The model with such weights; "restored" is `model`. Of the others `evenbits.packed.kernels_of` says what
+        computes each layer."""
         ...
 
     @property

@@ -5,9 +5,10 @@ What computes each layer, or why one runs on its restored dense weight after all
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,11 +85,18 @@ class LayerKernels:
         return facts
 
     def _ran(self, rows: int) -> list[dict[str, Any]]:
-        counts = Counter(self.choice(layer, rows) for layer in self.packed)
-        return [
-            {"kernel": choice.kernel, "config": choice.config, "reason": choice.reason, "layers": layers}
-            for choice, layers in counts.most_common()
-        ]
+        """What ran, the most frequent first; of layers that are only near what is stored the least and the largest
+        decibels."""
+        found: dict[Choice, list[float | None]] = {}
+        for layer in self.packed:
+            choice = self.choice(layer, rows)
+            found.setdefault(replace(choice, decibels=None), []).append(choice.decibels)
+        ran = []
+        for choice, decibels in sorted(found.items(), key=lambda one: -len(one[1])):
+            said = {"kernel": choice.kernel, "config": choice.config, "reason": choice.reason, "layers": len(decibels)}
+            near = [value for value in decibels if value is not None and math.isfinite(value)]
+            ran.append({**said, "decibels": [min(near), max(near)]} if near else said)
+        return ran
 
     @property
     def remark(self) -> str | None:
@@ -158,19 +166,22 @@ def open_packed(
     device: torch.device,
     *,
     trust_remote_code: bool = False,
+    approximate: bool = False,
     advance: Callable[[int], None] = lambda layers: None,
 ) -> Any:
     """A transformers model in eval mode, each layer that the method has a packed path for computed by that; all else
     is read straight into its place. `kernels_of` says what computes each layer.
 
-    advance: is told of each layer done. Raises ArtifactError for a method that stores a whole model, TrialFailed
-    naming a layer whose packed path cannot be made, and tensors that are missing or left over.
+    approximate: by `LayerCompressor.approximate_linear`. advance: is told of each layer done.
+    Raises ArtifactError for a method that stores a whole model, TrialFailed naming a layer whose packed path cannot be
+    made, and tensors that are missing or left over.
     """
     manifest, folder = artifact.manifest, artifact.folder
     if manifest.model_form != "layers" or not isinstance(compressor, LayerCompressor):
         raise ArtifactError(f"{folder}: {whole_reason(manifest.method)}; open it restored")
     model = open_skeleton(folder, manifest.dtype, trust_remote_code=trust_remote_code)
-    packed, dense = _make_paths(artifact, compressor, device, advance)
+    make = compressor.approximate_linear if approximate else compressor.linear
+    packed, dense = _make_paths(artifact, make, device, advance)
     places = {name: _stand_in(model, name) for name in packed}
     weights = ArtifactWeights(artifact, compressor)
     stored = [*artifact.rest_names(), *(f"{name}.weight" for name in dense)]
@@ -187,7 +198,7 @@ def whole_reason(method: str) -> str:
 
 
 def _make_paths(
-    artifact: Artifact, compressor: LayerCompressor, device: torch.device, advance: Callable[[int], None]
+    artifact: Artifact, make: Callable[..., nn.Module | Refusal], device: torch.device, advance: Callable[[int], None]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """(layer -> module, layer -> why dense). What layers share is held once, and so is what each makes of it alike."""
     shared = None if artifact.shared is None else _owned(artifact.shared, device)
@@ -201,7 +212,7 @@ def _make_paths(
             continue
         with torch.no_grad():
             try:
-                found = compressor.linear(_owned(tensors, device), layer.shape, shared, device)
+                found = make(_owned(tensors, device), layer.shape, shared, device)
             except ValueError as error:
                 raise TrialFailed(f"{layer.name}: no packed path could be made: {error}") from error
         if isinstance(found, Refusal):

@@ -15,7 +15,7 @@ from evenbits.report_format import format_budget, format_bytes
 from evenbits.rows import Column, Row
 from evenbits.tables import ModelTable, Table
 
-RESTORED, PACKED = KERNEL_POLICY["restored"], KERNEL_POLICY["packed"]
+RESTORED, PACKED, NEAR = (KERNEL_POLICY[weights] for weights in ("restored", "packed", "approximate"))
 Key = tuple[str, str]
 
 
@@ -31,7 +31,7 @@ def column_protocols(model: ModelTable) -> dict[Key, Mapping[str, Any]]:
 
 
 def kernel_of(fields: Mapping[str, Any]) -> str:
-    """What multiplied: "dense-restored", "packed", a kernel's name, or "" where the protocol does not say."""
+    """What multiplied: a policy of `measure.KERNEL_POLICY`, a kernel's name, or "" where the protocol does not say."""
     return str(fields.get("kernel") or "")
 
 
@@ -52,9 +52,10 @@ def ran_lines(columns: Sequence[Column], protocols: Mapping[Key, Mapping[str, An
                 f"{subject}ran on dense-restored weights{machine_text}: these times and energies say nothing about the "
                 "method's speed on a fused kernel, and are not ranked."
             )
-        elif kernel == PACKED:
+        elif kernel in (PACKED, NEAR):
+            near = ", or from something near them that the method offers as faster," if kernel == NEAR else ""
             yield (
-                f"{subject}ran from packed weights where a method has a path for its layers, the dense model by "
+                f"{subject}ran from packed weights{near} where a method has a path for its layers, the dense model by "
                 f"torch's matmul{machine_text}; what ran for each row stands in the notes. Not ranked."
             )
         elif kernel:
@@ -120,13 +121,19 @@ def ran_words(kernels: Any) -> Iterator[str]:
     if whole := kernels.get("whole"):
         yield str(whole)
     for phase, found in (kernels.get("phases") or {}).items():
-        each = [
-            f"{one['layers']} layers by {one['kernel']}{' ' + one['config'] if one['config'] else ''} ({one['reason']})"
-            for one in found["ran"]
-        ]
+        each = [_ran_words(one) for one in found["ran"]]
         yield f"{phase} of {found['rows']} {'row' if found['rows'] == 1 else 'rows'}: {', '.join(each)}"
     for reason, layers in (kernels.get("why_dense") or {}).items():
         yield f"{layers} layers on dense weights ({reason})"
+
+
+def _ran_words(one: Mapping[str, Any]) -> str:
+    near = ""
+    if one.get("decibels"):
+        low, high = (f"{value:.0f}" for value in one["decibels"])
+        near = f", its error {low if low == high else f'{low} to {high}'} dB below the weight"
+    config = f" {one['config']}" if one["config"] else ""
+    return f"{one['layers']} layers by {one['kernel']}{config} ({one['reason']}{near})"
 
 
 def all_dense(row: Row, column: Column) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from evenbits.layers import every_row
 from evenbits.record import BudgetFacts
 from evenbits.report_format import format_budget, format_bytes, format_number
-from evenbits.report_protocols import PACKED, RESTORED, all_dense, column_protocols, kernel_of, ran_lines
+from evenbits.report_protocols import NEAR, PACKED, RESTORED, all_dense, column_protocols, kernel_of, ran_lines
 from evenbits.rows import Cell, Column, Row
 from evenbits.tables import ModelTable, Section
 
@@ -212,7 +212,7 @@ def _with_ratio(
     model. A cost on restored weights is the dense model's own with noise: a ratio would say of the method what it
     does not."""
     quality = [c for c in columns if c.quality]
-    packed = [c for c in columns if not c.quality and (kernels or {}).get(c.key) == PACKED]
+    packed = [c for c in columns if not c.quality and (kernels or {}).get(c.key) in (PACKED, NEAR)]
 
     def known(columns: Sequence[Column]) -> bool:
         return any(model.against_dense(row, c) is not None for row, _ in every_row(model) for c in columns)

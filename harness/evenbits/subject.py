@@ -75,15 +75,16 @@ def load_artifact(
 ) -> Any:
     """A transformers model from an artifact folder alone, verified against its hashes, in eval mode.
 
-    weights: "packed" computes each layer from its packed form where its method can (`evenbits.packed`).
+    weights: other than "restored": each layer from its packed form where its method can (`evenbits.packed`).
     Raises ArtifactError for a damaged or too new artifact, for one that brings code of its own where the caller
     does not trust it, and for a model stored whole where packed weights are asked for; SuiteError when the method's
     plugin is missing.
     """
     artifact, compressor = _open_artifact(folder, registry, trust_remote_code=trust_remote_code)
     manifest = artifact.manifest
-    if weights == "packed":
-        return open_packed(artifact, compressor, torch.device(device), trust_remote_code=trust_remote_code)
+    if weights != "restored":
+        near, place = weights == "approximate", torch.device(device)
+        return open_packed(artifact, compressor, place, trust_remote_code=trust_remote_code, approximate=near)
     if manifest.model_form == "whole":
         return restore_whole(artifact, compressor).to(device)
     stored = ArtifactWeights(artifact, compressor)
@@ -126,7 +127,7 @@ class MeasuredModel:
 
     def load(self, weights: Weights = "restored") -> tuple[nn.Module, Any]:
         """Of the dense model, and of one stored whole, packed weights are those that it has: `kernels_of` says so."""
-        packed = weights == "packed"
+        packed = weights != "restored"
         if self.artifact:
             method = "" if not packed else _stores_whole(self.folder)
             model = load_artifact(
@@ -153,13 +154,9 @@ class MeasuredModel:
 
     @property
     def model(self) -> nn.Module:
-        return self._opened("restored")
+        return self.opened("restored")
 
-    @property
-    def packed_model(self) -> nn.Module:
-        return self._opened("packed")
-
-    def _opened(self, weights: Weights) -> nn.Module:
+    def opened(self, weights: Weights) -> nn.Module:
         """Held until the other one is asked for: never both at once."""
         if self._model is None or self._weights != weights:
             self._model = None

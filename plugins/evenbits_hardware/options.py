@@ -29,8 +29,8 @@ class WorkloadOptions(Options):
         default="restored",
         description="restored: every layer on its restored dense weight, which says nothing about a method's speed. "
         "packed: each layer by its method's packed path where there is one, the dense model by torch's matmul. "
-        "To have both, use the profiler twice and give one a label; sizes and the memory of compressing, which are "
-        "the same for both, come with restored alone",
+        "approximate: by what the method offers as faster and near that. To have several, use the profiler again "
+        "with a label; sizes and the memory of compressing, which are the same for all, come with restored alone",
     )
 
 

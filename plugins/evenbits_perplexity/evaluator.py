@@ -94,11 +94,12 @@ class PerplexityEvaluator:
         return [found, *per, *self._remarks(subject)]
 
     def _model(self, subject: Subject) -> Any:
-        return subject.model if self.options.weights == "restored" else subject.packed_model
+        weights = self.options.weights
+        return subject.model if weights == "restored" else subject.opened(weights)
 
     def _kernels(self, subject: Subject, cut: Cut, context: int) -> dict[str, Any]:
         """What computed the layers of a packed model, at the rows of the largest batch."""
-        kernels = kernels_of(subject.packed_model) if self.options.weights == "packed" else None
+        kernels = kernels_of(self._model(subject)) if self.options.weights != "restored" else None
         if kernels is None:
             return {}
         batches = order_batches(cut.windows, self.options.batch_size)
@@ -106,7 +107,7 @@ class PerplexityEvaluator:
         return {"kernels": kernels.facts({"batch": rows})}
 
     def _remarks(self, subject: Subject) -> list[Finding]:
-        kernels = kernels_of(subject.packed_model) if self.options.weights == "packed" else None
+        kernels = kernels_of(self._model(subject)) if self.options.weights != "restored" else None
         return [] if kernels is None or kernels.remark is None else [Remark(kernels.remark)]
 
     def _losses(self, subject: Subject, cut: Cut, context: int) -> tuple[FloatArray, str]:

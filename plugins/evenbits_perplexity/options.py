@@ -66,7 +66,8 @@ class PerplexityOptions(Options):
     weights: Weights = Field(
         default="restored",
         description="restored: every layer on its restored dense weight. packed: each layer by its method's packed "
-        "path where there is one, to see that a kernel gives the model's quality",
+        "path where there is one, to see that a kernel gives the model's quality. approximate: by what the method "
+        "offers as faster and near that, to see what it costs",
     )
     allow_other_counts: bool = Field(
         default=False,
@@ -94,7 +95,7 @@ class PerplexityOptions(Options):
             raise ValueError("windows = rolling has its own token in front: bos can only be start or none")
         if self.memory == "block" and self.context is None:
             raise ValueError("memory = block never opens the whole model: give context")
-        if self.memory == "block" and self.weights == "packed":
+        if self.memory == "block" and self.weights != "restored":
             raise ValueError("memory = block restores the weights of a block at a time: weights can only be restored")
         whole = self.windows == "rolling" and self.max_windows is None  # every token of every document is predicted
         if not whole and (self.units_of is not None or self.words == "pieces"):

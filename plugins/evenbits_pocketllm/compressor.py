@@ -245,6 +245,12 @@ class PocketCompressor(LayerCompressor):
         coder = self._coder(settings, packed, layer, shared)
         return PocketLinear(packed, layer, settings, coder, device, folded="fit" if folded else None)
 
+    def approximate_linear(
+        self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
+    ) -> nn.Module | Refusal:
+        """Folded; where a table is exact anyway, as `linear`."""
+        return self.linear(packed, layer, shared, device, folded=True)
+
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         """Row scales (of few bits: the frame of their grid), codebook and decoder, and all that is shared of these."""
         names = tunable_names(self.options)

@@ -69,6 +69,7 @@ class PocketLinear(nn.Module):
         """
         super().__init__()
         self.layer, self.settings, self.note = layer, settings, ""
+        self.decibels: float | None = None  # of a table fitted here
         if tile_bytes is None:
             tile_bytes = TILE_BYTES if torch.device(device).type == "cpu" else _TILE_BYTES_GPU
         with torch.no_grad():
@@ -94,8 +95,8 @@ class PocketLinear(nn.Module):
                     return
                 found = fold(decoder, scale=rows, tile_bytes=tile_bytes)
                 assert isinstance(found, Folded)  # refused is only a table of mean statistics
-                held, error = found, folded_error(decoder, found, rows, tile_bytes)
-                self.note = f"folded into one table, as asked: an error {error:.1f} dB below the weight"
+                held, self.decibels = found, folded_error(decoder, found, rows, tile_bytes)
+                self.note = "folded into one table, as asked"
             because = _tiles_because(codes, held, backend)
             if because:
                 self.inner = TableTiles(codes, held, rows, bias, tile_bytes, because)
@@ -116,7 +117,9 @@ class PocketLinear(nn.Module):
     def choice(self, rows: int) -> Choice:
         """What computes a call with so many rows (batch times tokens)."""
         found = self.inner.choice(rows)
-        return replace(found, reason=f"{found.reason}; {self.note}") if self.note else found
+        if not self.note:
+            return found
+        return replace(found, reason=f"{found.reason}; {self.note}", decibels=self.decibels)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return super()._apply(only_moves(fn), recurse)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,10 +34,11 @@ from evenbits.environment import package_version
 from evenbits.errors import ArtifactError, TrialFailed
 from evenbits.kernels.launch import Choice
 from evenbits.manifest import Manifest
-from evenbits.measure import Measurement, Remark, Text, Weights
+from evenbits.measure import Measurement, Remark, Text, Weights, facts_of
 from evenbits.packed import LayerKernels, PackedLayerModule, kernels_of, open_packed
 from evenbits.plugins import Provided, Registry, load_plugins
 from evenbits.recovery import LeaveDense, RecoveryWork, recover
+from evenbits.report_protocols import ran_words
 from evenbits.shapes import ARCHITECTURES, read_inventory
 from evenbits.subject import MeasuredModel, load_artifact
 from evenbits.testing import SHAPES, check_held, check_linear, compress_model, make_case, tiny_text
@@ -306,18 +308,18 @@ def test_a_model_stored_whole_is_refused_or_runs_as_it_is(tmp_path: Path) -> Non
     ):
         load_artifact(folder, REGISTRY, weights="packed")
     subject = MeasuredModel(REGISTRY, folder, True, "float32", CPU, 0, {})
-    kernels = kernels_of(subject.packed_model)
+    kernels = kernels_of(subject.opened("packed"))
     assert kernels is not None
     assert kernels.remark == (
         "nothing ran from packed weights: method 'llm-pruner' stores a whole model, which computes as the method "
         "restores it"
     )
-    assert torch.equal(logits(subject.packed_model), logits(subject.model))
+    assert torch.equal(logits(subject.opened("packed")), logits(subject.model))
 
 
 def test_the_dense_model_is_torchs_own_without_a_remark(tmp_path: Path) -> None:
     subject = MeasuredModel(REGISTRY, some_model(tmp_path / "base", "llama"), False, "float32", CPU, 0, {})
-    kernels = kernels_of(subject.packed_model)
+    kernels = kernels_of(subject.opened("packed"))
     assert kernels is not None
     assert kernels.remark is None
     assert kernels.facts({"decode": 1})["whole"] == "the dense model, by torch's matmul"
@@ -381,7 +383,7 @@ def test_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels_of(model) is not None
     with pytest.warns(UserWarning, match=r"3 of 21 layers ran on dense weights: no kernel for self_attn.o_proj"):
         evenbits.load(tmp_path / "part", weights="packed")
-    with pytest.raises(ValueError, match="weights must be 'restored' or 'packed', not 'fused'"):
+    with pytest.raises(ValueError, match="weights must be 'restored' or 'packed' or 'approximate', not 'fused'"):
         evenbits.load(tmp_path / "artifact", weights="fused")  # type: ignore[arg-type]
 
 
@@ -473,6 +475,34 @@ def test_pocketllm_computes_what_it_restores(tmp_path: Path) -> None:
     kernels = kernels_of(model)
     assert kernels is not None
     assert len(kernels.packed) == 7
+
+
+def test_an_approximation_is_asked_for_by_name_and_says_how_near_it_is(tmp_path: Path) -> None:
+    """PocketLLM's decoders that normalise over groups, folded; methods without one compute as they do packed."""
+    pocket = REGISTRY.compressors["pocketllm"].value
+    options = pocket.options.model_validate({"recipe": "paper", "d": 4, "codebook_size": 16, "hidden": 8, "epochs": 1})
+    base = some_model(tmp_path / "base", "llama", blocks=1)
+    compress_model(pocket, options, base, tmp_path / "artifact")
+    subject = MeasuredModel(REGISTRY, tmp_path / "artifact", True, "float32", CPU, 0, {})
+    restored = logits(subject.opened("restored"))
+    packed, near = subject.opened("packed"), evenbits.load(tmp_path / "artifact", weights="approximate")
+    assert off(logits(packed), restored) < 1e-4 < off(logits(near), restored) < 0.3
+    exact, folded = kernels_of(packed), kernels_of(near)
+    assert exact is not None
+    assert folded is not None
+    (ran,) = folded.facts({"decode": 1})["phases"]["decode"]["ran"]
+    found = [folded.choice(name, 1).decibels for name in folded.packed]
+    each = [value for value in found if value is not None and math.isfinite(value)]  # one without any error is inf
+    assert None not in found
+    assert ran["decibels"] == [min(each), max(each)]
+    assert 5 < min(each) < max(each)
+    (words,) = ran_words(folded.facts({"decode": 1}))
+    assert words.endswith(f"its error {min(each):.0f} to {max(each):.0f} dB below the weight)")
+    assert all("decibels" not in one for one in exact.facts({"decode": 1})["phases"]["decode"]["ran"])
+    assert facts_of(subject, "approximate")["kernel"] == "packed-approximate"
+    stored(tmp_path / "bytes", base)
+    found = [logits(load_artifact(tmp_path / "bytes", REGISTRY, weights=w)) for w in ("approximate", "packed")]
+    assert torch.equal(*found)
 
 
 def test_many_reasons_are_counted() -> None:

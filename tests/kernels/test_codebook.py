@@ -279,7 +279,9 @@ def test_an_int8_table_is_asked_for_and_measured() -> None:
     wanted = float(10 * torch.log10(dense.square().sum() / noise))
     assert 35 < wanted < 50
     assert rounded.table_decibels == pytest.approx(wanted, abs=1e-3)
-    assert f"{wanted:.1f} dB" in rounded.choice(1).reason
+    assert rounded.choice(1).decibels == rounded.table_decibels
+    assert "int8" in rounded.choice(1).reason
+    assert exact.choice(1).decibels is None
     assert "int8" not in exact.choice(1).reason
     loaded = CodebookLinear(made(40, 64, 8, (9,), wide=True, seed=1)[0], backend="torch", table="int8")
     loaded.load_state_dict(rounded.state_dict())

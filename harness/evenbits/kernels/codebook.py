@@ -131,16 +131,17 @@ class CodebookLinear(nn.Module):
     def choice(self, rows: int) -> Choice:
         """What computes a call with so many rows (batch times tokens)."""
         kind, reason = self._resolve()
+        near = None
         if self.table_kind == "int8":
-            reason += f"; table rounded to int8 on request, {self.table_decibels:.1f} dB below the weight"
+            reason, near = f"{reason}; table rounded to int8 on request", self.table_decibels
         if kind == "torch":
-            return Choice("torch-tiles", f"{reason}; tiles of {TILE_BYTES >> 20} MiB")
+            return Choice("torch-tiles", f"{reason}; tiles of {TILE_BYTES >> 20} MiB", decibels=near)
         if kind == "numba":
             return Choice("numba-codebook", reason)
         way, why = codebook_launch.kernel_for(rows)
         if self._composed is not None and (together := self._composed.d // self._layout.d) > 1:
             why += f"; {together} codes decoded by one gather"
-        return Choice(f"triton-codebook-{way}", f"{reason}; {why}", self._configs.get(rows, ""))
+        return Choice(f"triton-codebook-{way}", f"{reason}; {why}", self._configs.get(rows, ""), near)
 
     def forward(self, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """inputs (..., in), any float dtype -> (..., out) of that dtype, or of `dtype`: that or float32.

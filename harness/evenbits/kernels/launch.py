@@ -59,11 +59,13 @@ Backend = Literal["auto", "triton", "numba", "torch"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a layer, and why. config: of a Triton kernel, "" for others or before the first call."""
+    """What computes a layer, and why. config: of a Triton kernel, "" for others or before the first call.
+    decibels: of what is only near the stored weight, squares of that over the error's; None where it is that weight."""
 
     kernel: str  # e.g. "triton-integer-gemv", "numba-integer", "torch-tiles"
     reason: str
     config: str = ""
+    decibels: float | None = None
 
 
 class PackedModule(Protocol):

@@ -111,7 +111,8 @@ class Absent(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in ABSENT:
             raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
 
-sys.path[:] = [path for path in sys.path if not path.startswith({str(ROOT)!r})]
+ours = {[str(ROOT), str(ROOT / "harness"), str(ROOT / "plugins")]!r}  # not all below: .venv may be
+sys.path[:] = [path for path in sys.path if path not in ours]
 sys.meta_path.insert(0, Absent())
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 sys.path.insert(0, {str(SCRIPT.parent)!r})

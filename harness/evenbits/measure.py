@@ -27,7 +27,7 @@ KERNEL_POLICY: Mapping[Weights, str] = {
     "packed": "packed",
     "approximate": "packed-approximate",
 }
-"""The "kernel" of a fingerprint: a policy, alike for all methods and the dense model, which is torch's own under both.
+"""The "kernel" of a fingerprint: a policy, alike for all methods and the dense model, which is torch's own under all.
 What really ran stands in a measurement's details."""
 
 KERNEL_LIBRARIES: Mapping[str, str] = {"cpu": "numba", "cuda": "triton"}
@@ -160,8 +160,8 @@ class ProfileSubject(_Stored, Protocol):
     def load(self, weights: Weights = "restored") -> tuple[Any, Any]:
         """Open the model and its tokenizer from what is stored.
 
-        weights: "packed" never holds the dense weight of a layer that its method computes from the packed form;
-        `evenbits.packed.kernels_of` says of the model which these are.
+        weights: other than "restored", the dense weight of a layer that its method computes from the packed form is
+        never held; `evenbits.packed.kernels_of` says of the model which these are.
         """
         ...
 

@@ -157,7 +157,7 @@ class MeasuredModel:
         return self.opened("restored")
 
     def opened(self, weights: Weights) -> nn.Module:
-        """Held until the other one is asked for: never both at once."""
+        """Held until one with other weights is asked for: never two at once."""
         if self._model is None or self._weights != weights:
             self._model = None
             self._model, tokenizer = self.load(weights)

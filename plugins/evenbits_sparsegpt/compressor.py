@@ -17,6 +17,7 @@ from evenbits.errors import TrialFailed
 from evenbits.integer import group_count
 from evenbits.maths.bitpack import pack, unpack
 from evenbits.maths.hessian import dead_columns, inverse_factor, require_finite, revive
+from evenbits.maths.integer_layer import integer_linear
 from evenbits.maths.sweep import Sweep
 from evenbits.maths.uniform import Grid, dequantise, divisor_of, fit_group, group_of_column, quantise
 from evenbits_sparsegpt.options import SparseGptOptions, kept_in_row, removed_of
@@ -115,25 +116,14 @@ class SparseGptCompressor(LayerCompressor):
         self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
     ) -> nn.Module | Refusal:
         """Computes from the codes, with `evenbits.kernels.integer`, where no weight is removed."""
-        options, columns = self.options, layer.in_features
+        options = self.options
         if options.masked:
             return Refusal(
                 "no fused path for a mask: where a kept weight lies depends on all bits of the mask before it"
             )
         if options.bits is None:
             return Refusal(f"no codes to compute from: without bits, weights are stored as {options.value_dtype}")
-        from evenbits.kernels.integer import IntegerLinear
-        from evenbits.kernels.weights import IntegerWeight
-
-        tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
-        scale = tensors["scale"]
-        zero = None
-        if not options.symmetric:
-            zero = unpack(tensors["zero"], options.bits, scale.numel(), torch.uint8).view(scale.shape)
-        size = columns if options.group_size is None else min(options.group_size, columns)
-        return IntegerLinear(
-            IntegerWeight(tensors["codes"], scale, options.bits, layer.out_features, columns, size, zero)
-        )
+        return integer_linear(packed.tensors, layer, options.bits, options.group_size, device)
 
 
 @dataclass(frozen=True, slots=True)

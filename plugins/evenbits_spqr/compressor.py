@@ -21,6 +21,7 @@ from evenbits.errors import TrialFailed
 from evenbits.integer import group_count, index_width
 from evenbits.maths.bitpack import pack, unpack
 from evenbits.maths.hessian import dead_columns, inverse_factor, require_finite, revive
+from evenbits.maths.integer_layer import integer_linear
 from evenbits.maths.stored import LARGEST
 from evenbits.maths.sweep import Sweep
 from evenbits.maths.uniform import dequantise, group_of_column
@@ -104,20 +105,7 @@ class SpqrCompressor(LayerCompressor):
             parts.append("zero points that are themselves rounded, to no whole numbers")
         if parts:
             return Refusal(f"no fused path for {' and '.join(parts)}: the layer runs on its restored dense weight")
-        from evenbits.kernels.integer import IntegerLinear
-        from evenbits.kernels.weights import IntegerWeight
-
-        options, columns = self.options, layer.in_features
-        tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
-        scale = tensors["scale"]
-        zero = unpack(tensors["zero"], options.bits, scale.numel(), torch.uint8).view(scale.shape)
-        group = None
-        if has_group_index(options, layer):
-            group = unpack(tensors["group_index"], index_width(scale.shape[1]), columns, torch.int32)
-        size = columns if options.group_size is None else min(options.group_size, columns)
-        return IntegerLinear(
-            IntegerWeight(tensors["codes"], scale, options.bits, layer.out_features, columns, size, zero, group)
-        )
+        return integer_linear(packed.tensors, layer, self.options.bits, self.options.group_size, device)
 
 
 def solve(weight: Tensor, upper: Tensor, order: Tensor, options: SpqrOptions, most: int) -> Solved:

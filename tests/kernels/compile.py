@@ -178,6 +178,8 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
     todo = jobs(arguments.only, arguments.arch, brief=arguments.brief)
+    if not todo:
+        parser.error(f"no kernel's name holds {arguments.only!r}")
     with ProcessPoolExecutor(arguments.workers) as pool:
         found = list(pool.map(compile_one, todo, chunksize=4))
     if arguments.out is None:

@@ -133,10 +133,10 @@ class Tuner:
 
         A configuration that the GPU has too few resources for is left out. Raises RuntimeError when none is left.
         """
-        if key in self._best:
-            return self._best[key]
         if device.type != "cuda" or len(configs) == 1 or torch.are_deterministic_algorithms_enabled():
             return configs[0]
+        if key in self._best:
+            return self._best[key]
         if torch.cuda.is_current_stream_capturing():
             return configs[0]  # not kept: while a graph is captured nothing can be timed
         from triton.runtime.errors import OutOfResources

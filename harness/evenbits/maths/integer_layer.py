@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,19 +61,23 @@ class IntegerLayerCompressor(LayerCompressor):
         self, packed: PackedLayer, layer: LayerShape, shared: Shared | None, device: torch.device
     ) -> nn.Module | Refusal:
         """Computes from the codes, with `evenbits.kernels.integer`."""
-        from evenbits.kernels.integer import IntegerLinear
-        from evenbits.kernels.weights import IntegerWeight
+        return integer_linear(packed.tensors, layer, self.options.bits, self.options.group_size, device)
 
-        options, columns = self.options, layer.in_features
-        tensors = {name: tensor.detach().to(device) for name, tensor in packed.tensors.items()}
-        scale = tensors["scale"]
-        zero = None
-        if not options.symmetric:
-            zero = unpack(tensors["zero"], options.bits, scale.numel(), torch.uint8).view(scale.shape)
-        group = None
-        if options.has_group_index(layer):
-            group = unpack(tensors["group_index"], index_width(scale.shape[1]), columns, torch.int32)
-        size = columns if options.group_size is None else min(options.group_size, columns)
-        return IntegerLinear(
-            IntegerWeight(tensors["codes"], scale, options.bits, layer.out_features, columns, size, zero, group)
-        )
+
+def integer_linear(
+    stored: Mapping[str, Tensor], layer: LayerShape, bits: int, group_size: int | None, device: torch.device
+) -> nn.Module:
+    """An `evenbits.kernels.integer.IntegerLinear` of tensors under the names that `IntegerLayerCompressor` stores:
+    "zero" and "group_index" may be missing. group_size None: one group a row."""
+    from evenbits.kernels.integer import IntegerLinear
+    from evenbits.kernels.weights import IntegerWeight
+
+    columns = layer.in_features
+    tensors = {name: tensor.detach().to(device) for name, tensor in stored.items()}
+    scale, zero, group = tensors["scale"], None, None
+    if "zero" in tensors:
+        zero = unpack(tensors["zero"], bits, scale.numel(), torch.uint8).view(scale.shape)
+    if "group_index" in tensors:
+        group = unpack(tensors["group_index"], index_width(scale.shape[1]), columns, torch.int32)
+    size = columns if group_size is None else min(group_size, columns)
+    return IntegerLinear(IntegerWeight(tensors["codes"], scale, bits, layer.out_features, columns, size, zero, group))

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from evenbits import commands_gate, commands_history
 from evenbits.errors import EvenbitsError, MissingExtra, SuiteError
 from evenbits.plugins import Registry, load_plugins
 
@@ -35,7 +36,16 @@ err = Console(stderr=True, highlight=False, emoji=False)
 SuitePath = Annotated[Path, typer.Argument(metavar="SUITE", help="path of a suite (*.toml)")]
 ResultsOption = Annotated[Path, typer.Option("--results", metavar="DIR", help="results folder")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="PATH", help="use this model folder in place of the suite's model")
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH",
+        help="this folder (or a plugin's model) in place of the suite's own",
+    ),
+]
+SeedOption = Annotated[
+    list[int] | None,
+    typer.Option("--seed", metavar="N", min=0, help="use this seed in place of the suite's; may be repeated"),
 ]
 TrialName = Annotated[
     str,
@@ -68,8 +78,25 @@ def _warn(registry: Registry) -> None:
         err.print(f"[yellow]note[/] {escape(problem)}", soft_wrap=True)
 
 
-def _overrides(model: str | None) -> dict[str, Any]:
-    return {} if model is None else {"model": {"path": model}}
+def _read_suite(path: Path, registry: Registry, model: str | None, seeds: list[int] | None) -> tuple[Any, str | None]:
+    """The suite with what the command line puts in place of its own, and what else gave way on another model."""
+    from evenbits.devices import cuda_devices
+    from evenbits.elsewhere import elsewhere
+    from evenbits.published import published_path, read_published
+    from evenbits.shapes import read_config
+    from evenbits.suite import read_suite
+
+    if published_path(path).is_file():
+        read_published(published_path(path))  # a mistake there is told before the run, not after it
+    overrides: dict[str, Any] = {"seeds": seeds} if seeds else {}
+    if model is None:
+        return read_suite(path, registry, overrides=overrides), None
+    named = registry.models.get(model) if not Path(model).exists() else None
+    overrides["model"] = {"path": model} if named is None else model
+    suite = read_suite(path, registry, overrides=overrides)
+    config = read_config(Path(model) if named is None else Path(named.value))
+    changed = elsewhere(suite, config, cuda=bool(cuda_devices()))
+    return changed.suite, changed.said
 
 
 @app.command()
@@ -77,6 +104,7 @@ def run(
     suite: SuitePath,
     results: ResultsOption = DEFAULT_RESULTS,
     model: ModelOption = None,
+    seed: SeedOption = None,
     report_after: Annotated[bool, typer.Option("--report/--no-report", help="print and write the report")] = True,
 ) -> None:
     """Compress, measure and compare; resumes where it stopped. Exits 1 when a trial failed."""
@@ -85,12 +113,11 @@ def run(
     from evenbits.plan import make_plan
     from evenbits.run import Run
     from evenbits.store import Results
-    from evenbits.suite import read_suite
 
     registry = _registry()
     registry.collect_all()
     _warn(registry)
-    read = read_suite(suite, registry, overrides=_overrides(model))
+    read, said = _read_suite(suite, registry, model, seed)
     store = Results(results)
     with store.lock():
         store.check_schema(create=True)
@@ -100,14 +127,18 @@ def run(
         else:
             executor = registry.find("executors", read.executor, "executor").value(read)
         try:
-            records = Run(plan, registry, store, executor, TerminalDisplay(out)).go()
+            display = TerminalDisplay(out)
+            if said:
+                display.notice(said)
+            going = Run(plan, registry, store, executor, display)
+            if report_after:
+                going.conclude = lambda: _write_report(store, read.name, Format.TABLE, suite, registry)
+            records = going.go()
         except KeyboardInterrupt:
             err.print("stopped; finished trials are kept, the same command goes on from here")
             raise typer.Exit(130) from None
         finally:
             executor.close()
-        if report_after:
-            _write_report(store, read.name, Format.TABLE)
     failed = sum(record.status == "failed" for record in records)
     if failed:
         err.print(f"{failed} of {len(records)} trials failed; the log of each is beside its record")
@@ -125,32 +156,27 @@ def _preload(plan: Any, registry: Registry) -> tuple[str, ...]:
 
 
 @app.command()
-def plan(suite: SuitePath, model: ModelOption = None, results: ResultsOption = DEFAULT_RESULTS) -> None:
-    """Show what would run, at what predicted bits and bytes; runs nothing."""
+def plan(
+    suite: SuitePath,
+    model: ModelOption = None,
+    seed: SeedOption = None,
+    results: ResultsOption = DEFAULT_RESULTS,
+) -> None:
+    """Show what would run, at what predicted bits and bytes, and what it will take; runs nothing."""
     from evenbits.plan import make_plan
+    from evenbits.plan_text import print_plan
     from evenbits.store import Results
-    from evenbits.suite import read_suite
 
     registry = _registry()
     registry.collect_all()
     _warn(registry)
-    read = read_suite(suite, registry, overrides=_overrides(model))
+    read, said = _read_suite(suite, registry, model, seed)
     store = Results(results)
+    if said:
+        out.print(f"note {said}", soft_wrap=True, markup=False)
     made = make_plan(read, registry, cache=store.cache if store.root.is_dir() else None)
-    headings = ("model", "method", "budget", "seed", "linear bits", "model bits", "bytes", "settings")
-    rows = [headings, *(_planned(trial) for trial in made.trials)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(headings) - 1)]
-    for row in rows:
-        cells = [c.rjust(w) if i > 3 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
-        # the settings give way where the terminal is narrow; no other cell does
-        out.print("  ".join([*cells, row[-1]]), no_wrap=True, overflow="ellipsis", markup=False)
-    for skip in made.skips:
-        budget = f" @ {skip.budget.centre:g}" if skip.budget else ""
-        out.print(f"skip {skip.model.facts.name} {skip.label}{budget}: {escape(skip.reason)}", soft_wrap=True)
     known = sum(_is_done(store, read.name, trial.id) for trial in made.trials) if store.root.is_dir() else 0
-    out.print(f"{len(made.trials)} trials ({known} already recorded), {len(made.skips)} skipped")
-    memory = max((trial.model.facts.model_bytes for trial in made.trials), default=0)
-    out.print(f"largest model: {memory:,} bytes in memory when dense")
+    print_plan(made, known, registry, store, out)
 
 
 def _is_done(store: Any, suite: str, trial: str) -> bool:
@@ -164,43 +190,71 @@ def _is_done(store: Any, suite: str, trial: str) -> bool:
     return record is not None and record.status == "done"
 
 
-def _planned(trial: Any) -> tuple[str, ...]:
-    """The cells of a trial in `evenbits plan`."""
-    facts, bits = trial.model.facts, trial.predicted
-    return (
-        facts.name,
-        "+".join([trial.label, *(stage.name for stage in trial.recovery)]),
-        f"{trial.budget.centre:g}" if trial.budget else "",
-        str(trial.seed),
-        f"{bits.linear if bits else 8 * facts.linear_bytes / facts.linear_weights:.4f}",
-        f"{bits.model if bits else 8 * facts.model_bytes / facts.parameters:.4f}",
-        f"{trial.predicted_bytes or facts.model_bytes:,}",
-        " ".join(f"{key}={value}" for key in trial.shown if (value := trial.options[key]) is not None),
+def _write_report(
+    store: Any,
+    name: str,
+    form: Format,
+    suite: Path,
+    registry: Registry | None = None,
+    *,
+    html: bool = False,
+    nights: Path | None = None,
+) -> None:
+    """Of the suite's latest run; where expected values stand beside the suite, also of what it reproduces."""
+    from evenbits.published import published_path
+    from evenbits.report import (
+        as_csv,
+        as_json,
+        as_markdown,
+        as_terminal,
+        gather,
+        print_reproduction,
+        reproduction_markdown,
+        write_report,
     )
+    from evenbits.reproduction import reproduce_suite
 
-
-def _write_report(store: Any, name: str, form: Format) -> None:
-    from evenbits.report import as_csv, as_json, as_markdown, as_terminal, gather, write_report
-
-    records, folders = store.records(name)
+    expected = published_path(suite).is_file()
+    # printed values can be shown, and recomputed, before anything was run
+    started = not expected or name in store.suites()
+    records, folders = store.records(name) if started else ([], {})
     if form is Format.JSON:
         sys.stdout.write(json.dumps(as_json(records), indent=1) + "\n")
         return
     table = gather(records, folders)
+    if form is Format.CSV:
+        sys.stdout.write(as_csv(table))
+        return
+    reproduction = reproduce_suite(suite, table, registry or _registry()) if expected else None
     if form is Format.MARKDOWN:
         sys.stdout.write(as_markdown(table))
-    elif form is Format.CSV:
-        sys.stdout.write(as_csv(table))
-    else:
+        if reproduction is not None:
+            sys.stdout.write("\n" + reproduction_markdown(reproduction, level=2))
+        return
+    if started:
         as_terminal(table, out)
-        folder = store.run_folder(name) / "report"
-        try:
-            written = write_report(folder, records, folders, table=table)
-        except MissingExtra as error:
-            err.print(f"[yellow]note[/] no plots: {escape(str(error))}", soft_wrap=True)
-            written = write_report(folder, records, folders, plots=False, table=table)
-        for path in written:
-            out.print(f"wrote {path}", soft_wrap=True)
+    else:
+        out.print(f"no run of suite {name!r} in {store.root}: nothing was measured, nothing is written", soft_wrap=True)
+    if reproduction is not None:
+        print_reproduction(reproduction, out)
+    if not started:
+        return
+    folder = store.run_folder(name) / "report"
+    try:
+        written = write_report(folder, records, folders, table=table, reproduction=reproduction)
+    except MissingExtra as error:
+        err.print(f"[yellow]note[/] no plots: {escape(str(error))}", soft_wrap=True)
+        written = write_report(folder, records, folders, plots=False, table=table, reproduction=reproduction)
+    if html or (folder / "page.html").is_file():  # a page once asked for never lags behind its report
+        from evenbits.history import read_history
+        from evenbits.page import run_command, write_page
+
+        nights = store.root / "history" / name if nights is None else nights
+        history = read_history(nights) if nights.is_dir() else None
+        command = run_command(suite, table, lambda: (registry or _registry()).models)
+        written.append(write_page(folder, table, reproduction=reproduction, history=history, command=command))
+    for path in written:
+        out.print(f"wrote {path}", soft_wrap=True)
 
 
 @app.command()
@@ -210,12 +264,26 @@ def report(
     form: Annotated[
         Format, typer.Option("--format", help="what to print; `table` also writes the files")
     ] = Format.TABLE,
+    html: Annotated[
+        bool, typer.Option("--html", help="also write page.html: one page with all of it, for a browser")
+    ] = False,
+    nights: Annotated[
+        Path | None,
+        typer.Option("--history", metavar="FOLDER", help="nights for the page; else DIR/history/NAME, if there"),
+    ] = None,
 ) -> None:
-    """Show tables (terminal, Markdown, CSV, JSON) and write these and the Pareto plots beside the records."""
+    """Show tables (terminal, Markdown, CSV, JSON) and write these and the Pareto plots beside the records.
+
+    With expected values beside the suite (SUITE.published.toml) also what was printed beside what was measured.
+    """
     from evenbits.named_trials import suite_name
     from evenbits.store import Results
 
-    _write_report(Results(results), suite_name(suite), form)
+    if form is not Format.TABLE and (html or nights is not None):
+        raise SuiteError(f"--format {form} only prints: leave it out to write the page")
+    if nights is not None and not (html and nights.is_dir()):
+        raise SuiteError(f"--history {nights}: " + ("no such folder of nights" if html else "it needs --html"))
+    _write_report(Results(results), suite_name(suite), form, suite, html=html, nights=nights)
 
 
 @app.command()
@@ -295,6 +363,10 @@ def clean(
             if not dry_run:
                 remove(path)
     out.print(f"{len(found)} removed, {freed:,} bytes" if not dry_run else f"{len(found)} to remove, {freed:,} bytes")
+
+
+app.add_typer(commands_history.app)
+app.command()(commands_gate.gate)
 
 
 def main() -> None:

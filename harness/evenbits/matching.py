@@ -11,7 +11,7 @@ from evenbits.compressor import Compressor, Estimate, ModelShapes, Options, Reco
 from evenbits.errors import PluginError, SuiteError
 from evenbits.plugins import Provided
 from evenbits.shapes import WIDTHS
-from evenbits.suite import check_options
+from evenbits.suite_errors import check_options
 
 Stages = Sequence[tuple[Recovery, Options]]
 ROUNDS = 10  # of halving what is left for recovery stages, where a method's options decide what these cost

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from evenbits.budget import BitBudget
-from evenbits.compressor import Compressor, Estimate, ModelShapes, Needs, Options, Recovery, Refusal
+from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Options, Recovery, Refusal
 from evenbits.environment import package_version
 from evenbits.errors import SuiteError
 from evenbits.matching import Stages, call_plugin, choose_settings, recovery_bytes
 from evenbits.plugins import Provided, Registry
 from evenbits.provenance import module_digest, source_digest
 from evenbits.record import Bits, BudgetFacts, ModelFacts
-from evenbits.shapes import WIDTHS, read_inventory
+from evenbits.shapes import WIDTHS, Inventory, read_inventory
 from evenbits.sources import DigestCache, ModelSource, find_model
-from evenbits.suite import Limits, MethodSpec, StageSpec, Suite, check_options
+from evenbits.suite_errors import check_options
+from evenbits.suite_spec import Limits, MethodSpec, ModelOutline, StageSpec, Suite
 
 DENSE = "dense"
 # what decides how a method is driven and stored, whatever the method
@@ -125,11 +126,21 @@ def budget_facts(budget: BitBudget | None) -> BudgetFacts | None:
     return None if budget is None else BudgetFacts(centre=budget.centre, window=budget.window, on=budget.on)
 
 
-def plan_model(source: ModelSource, dtype: str) -> PlannedModel:
-    """Read the headers; `dtype` "auto" keeps the stored one."""
-    inventory = read_inventory(source.folder)
-    evaluated = inventory.dtype if dtype == "auto" else dtype
-    shapes = inventory.shapes(evaluated)
+def plan_model(source: ModelSource, dtype: str, outline: ModelOutline | None = None) -> PlannedModel:
+    """Read the headers, or the outline where the files are not there; `dtype` "auto" keeps the stored one.
+
+    Raises SuiteError where outline and files differ.
+    """
+    described: Inventory | ModelOutline
+    if source.present:
+        described = read_inventory(source.folder)
+        if outline is not None:
+            check_outline(source, outline.shapes(), described.shapes())
+    else:
+        assert outline is not None, "a model without files is only found where it has an outline"
+        described = outline
+    evaluated = described.dtype if dtype == "auto" else dtype
+    shapes = described.shapes(evaluated)
     width = WIDTHS[evaluated]
     facts = ModelFacts(
         name=source.name,
@@ -137,11 +148,32 @@ def plan_model(source: ModelSource, dtype: str) -> PlannedModel:
         dtype=evaluated,
         parameters=shapes.parameters,
         linear_weights=shapes.weights,
-        stored_bits=8 * WIDTHS[inventory.dtype],
+        stored_bits=8 * WIDTHS[described.dtype],
         linear_bytes=shapes.weights * width,
         model_bytes=shapes.weights * width + shapes.rest_bytes,
     )
     return PlannedModel(source, evaluated, shapes, facts)
+
+
+def check_outline(source: ModelSource, outline: ModelShapes, files: ModelShapes) -> None:
+    """Raises SuiteError, naming the first layer or the count that differs."""
+    said = f"model {source.name}: its outline does not describe its files: "
+    layers = {layer.name: layer for layer in files.layers}
+    for layer in outline.layers:
+        found = layers.pop(layer.name, None)
+        if found != layer:
+            theirs = "not there" if found is None else _told(found)
+            raise SuiteError(f"{said}{layer.name} is {_told(layer)} in the outline, {theirs} in the files; correct it")
+    if layers:
+        raise SuiteError(f"{said}the files have {len(layers)} linear layers more, first {min(layers)}; correct it")
+    if outline.parameters != files.parameters:
+        counts = f"{outline.parameters:,} parameters in the outline, {files.parameters:,} in the files"
+        raise SuiteError(f"{said}{counts}; see vocab_size, tie_word_embeddings and qk_norm")
+
+
+def _told(layer: LayerShape) -> str:
+    bias = " with a bias" if layer.bias else ""
+    return f"{layer.out_features} x {layer.in_features} {layer.dtype}{bias}"
 
 
 def _stages(registry: Registry, kind: str, what: str, specs: Iterable[StageSpec]) -> tuple[Stage, ...]:
@@ -228,7 +260,7 @@ class Planner:
         for model in models:
             self._dense(model)
             for method in self.suite.methods:
-                for budget in [None] if method.budget == "free" else [spec.budget() for spec in self.suite.budgets]:
+                for budget in method.budgets(self.suite.budgets):
                     self._method(model, method, budget)
         return Plan(self.suite, tuple(self.trials), tuple(self.skips), tuple(self.order))
 
@@ -261,18 +293,18 @@ class Planner:
             self.skips.append(entry)
             self.order[entry.id] = None
 
-        chosen = choose_settings(provided, method.options, budget, _described(self.registry, recovery), model.shapes)
+        chosen = choose_settings(provided, method.given, budget, _described(self.registry, recovery), model.shapes)
         if isinstance(chosen, Refusal):
-            return skip(chosen.reason, method.options)
+            return skip(chosen.reason, method.given)
         options = chosen.options
         needs = call_plugin(provided, "needs_of", (Needs,), options)
         calibrated = needs.statistics != "none" or bool(recovery)
         if calibrated and self.suite.calibration is None:
-            return skip("needs calibration data; give the suite a [calibration] table", method.options)
+            return skip("needs calibration data; give the suite a [calibration] table", method.given)
         if needs.device == "cuda" and self.suite.device == "cpu":
-            return skip(f'needs a CUDA device, and the suite asks for "{self.suite.device}"', method.options)
+            return skip(f'needs a CUDA device, and the suite asks for "{self.suite.device}"', method.given)
         if needs.environment is not None:
-            return skip(f"needs the environment {needs.environment!r}, which evenbits cannot make yet", method.options)
+            return skip(f"needs the environment {needs.environment!r}, which evenbits cannot make yet", method.given)
         seeded = calibrated or compressor.stochastic
         for seed in self.suite.seeds if seeded else self.suite.seeds[:1]:
             self._add(
@@ -364,9 +396,15 @@ def _bits(estimate: Estimate, shapes: ModelShapes) -> Bits:
 
 
 def make_plan(suite: Suite, registry: Registry, *, cache: Path | None = None, download: bool = False) -> Plan:
-    """Raises SuiteError for models that are missing, not understood, or without linear layers."""
+    """Raises SuiteError for models that are missing, not understood, or without linear layers.
+
+    download: fetch hub models; else one that is not there is planned from its outline.
+    """
     digests = DigestCache(cache / "digests.json" if cache else None)
-    models = [plan_model(find_model(spec, registry, digests, download=download), suite.dtype) for spec in suite.model]
+    models = [
+        plan_model(find_model(spec, registry, digests, download=download), suite.dtype, spec.outline)
+        for spec in suite.model
+    ]
     names = [model.facts.name for model in models]
     if twice := {name for name in names if names.count(name) > 1}:
         raise SuiteError(f"two models are called {min(twice)!r}: give each a name of its own")

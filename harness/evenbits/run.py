@@ -70,13 +70,17 @@ class Display:
 
 @dataclass
 class Run:
-    """One run of a plan on a results folder that the caller has locked."""
+    """One run of a plan on a results folder that the caller has locked.
+
+    conclude: called when all records are there, before plugins hear of the end, so that a mirror finds the report.
+    """
 
     plan: Plan
     registry: Registry
     results: Results
     executor: Executor
     display: Display = field(default_factory=Display)
+    conclude: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         suite = self.plan.suite
@@ -129,7 +133,10 @@ class Run:
             finally:
                 self.display.end()
         ordered = [records[trial_id] for trial_id in self.plan.order]
-        self._announce("on_finish", records=ordered)
+        try:
+            self.conclude()
+        finally:
+            self._announce("on_finish", records=ordered)
         return ordered
 
     def _found(self, trial: Trial) -> Record | None:

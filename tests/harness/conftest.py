@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,12 +208,18 @@ class Here:
     def plan(self, text: str) -> Plan:
         return make_plan(self.read(text), load_plugins())
 
-    def run(self, text: str, results: str = "results", registry: Registry | None = None) -> tuple[list[Record], Notes]:
+    def run(
+        self,
+        text: str,
+        results: str = "results",
+        registry: Registry | None = None,
+        conclude: Callable[[], None] = lambda: None,
+    ) -> tuple[list[Record], Notes]:
         plan, notes, store = self.plan(text), Notes(), Results(self.folder / results)
         with store.lock():
             store.check_schema(create=True)
             executor = LocalExecutor(plan.suite.limits.workers, ("transformers.models.llama.modeling_llama",))
-            records = Run(plan, registry or load_plugins(), store, executor, notes).go()
+            records = Run(plan, registry or load_plugins(), store, executor, notes, conclude).go()
         return records, notes
 
 

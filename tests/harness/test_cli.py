@@ -92,6 +92,24 @@ def test_mistakes_are_one_line_and_exit_2(evenbits: Any, suites: Any, tmp_path: 
     assert not list(tmp_path.glob("results/runs"))
 
 
+def test_a_plan_says_what_it_takes_and_a_seed_replaces_the_suites(evenbits: Any, suites: Any, tmp_path: Path) -> None:
+    text = suites.text('[{ name = "rtn", sizes.bits = 3 }, "kmeans"]', top="budgets = [{ centre = 4.5, window = 2 }]")
+    (tmp_path / "suite.toml").write_text(text)
+    arguments = ("plan", "suite.toml", "--model", suites.tiny.model, "--seed", "3", "--seed", "5")
+    done = evenbits(*arguments)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "note elsewhere: sizes of 1 method left to fit"
+    seeds = {(line.split()[1], line.split()[3]) for line in lines if line.startswith(("model  rtn", "model  kmeans"))}
+    assert seeds == {("rtn", "3"), ("kmeans", "3"), ("kmeans", "5")}
+    assert [line.split()[0] for line in lines[1:6]] == ["download", "disk", "memory", "device", "hours"]
+    assert lines[1] == "download  nothing"
+    assert lines[4] == "device    cpu, as the suite asks"
+    assert "4 trials (0 already recorded), 0 skipped" in lines
+    assert evenbits(*arguments[:4], "--seed", "-1").returncode == 2
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("target", ["evenbits.json", "digests.json", "plan.json"])
 def test_full_disk(
     here: Any, suites: Any, target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -72,6 +72,20 @@ def line_of(text: str, part: str) -> int:
     ('"rtn"', '{ name = "rtn", label = "" }', "label", "methods.0.label: a label is one line"),
     ('"rtn"', '{ name = "rtn", label = " " }', "label", "methods.0.label: a label is one line"),
     ('"rtn"', '{ name = "rtn", label = "dense" }', "label", "methods.0.label: this label is the uncompressed model's"),
+    ('"rtn"', '{ name = "rtn", budget = 4 }', "methods",
+     "methods.0.budget: 4 is the centre of no budget of this suite; its centres: 4.5"),
+    ('"rtn"', '{ name = "rtn", budget = "fitt" }', "methods", 'methods.0.budget: expected "fit", "free", or the'),
+    ('"rtn"', '{ name = "rtn", budget = [] }', "methods", 'methods.0.budget: expected "fit", "free", or the centre'),
+    ('"rtn"', '{ name = "rtn", budget = [4.5, 4.5] }', "methods", "methods.0.budget: the same centre twice"),
+    ('"rtn"', '{ name = "rtn", sizes.bots = 3 }', "methods", 'unknown option; did you mean "bits"?'),
+    ('"rtn"', '{ name = "rtn", options.bits = 3, sizes.bits = 3 }', "methods", "bits stands in options and in sizes"),
+    ('"rtn"', '{ name = "rtn", sizes.bits = 3, budget = "free" }', "methods", '"free" fits nothing: give options'),
+    ("budgets = [4.5]", "budgets = [4.5]\nelsewhere.window = 4.5", "elsewhere",
+     "elsewhere.window: 4.5 is not below the smallest centre, 4.5"),
+    ("budgets = [4.5]", "budgets = [4.5]\nelsewhere.windows = 1", "elsewhere", 'did you mean "window"?'),
+    ("budgets = [4.5]", 'budgets = [4.5]\nelsewhere.context = 3', "elsewhere", "elsewhere.context: "),
+    ('name = "tiny" }', 'name = "tiny", outline.hidden = 3 }', "hidden", 'did you mean "hidden_size"?'),
+    ('name = "tiny" }', 'name = "tiny", outline = 3 }', "outline", "expected a table with the sizes of the model's"),
     ('"rtn"', '"rtn", { name = "rtn", options.bits = 3 }', "methods", "methods.1: another entry with other settings"),
     ('"rtn"', '"rtn", { name = "gptq", label = "rtn" }', "methods", "is called 'rtn' too; give one a label"),
 ])  # fmt: skip
@@ -163,6 +177,37 @@ def test_variables_and_defaults(here: Any, suites: Any, monkeypatch: pytest.Monk
     assert (read.name, read.calibration.sampling) == ("tiny", "crop")
 
 
+def test_what_an_empty_variable_leaves_out(here: Any, suites: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key as if it were not there; with a default, or beside other text, the string stays."""
+    text = suites.text().replace("samples = 4", 'samples = 4\nsampling = "${EVENBITS_SAMPLING:-}"')
+    text = text.replace('name = "tiny"\n', 'name = "tiny"\ndescription = "a ${EVENBITS_SAMPLING:-}"\n', 1)
+    for value in ("", None):
+        monkeypatch.delenv("EVENBITS_SAMPLING", raising=False)
+        if value is not None:
+            monkeypatch.setenv("EVENBITS_SAMPLING", value)
+        assert (here.read(text).calibration.sampling, here.read(text).description) == (None, "a ")
+    monkeypatch.setenv("EVENBITS_SAMPLING", "crop")
+    assert (here.read(text).calibration.sampling, here.read(text).description) == ("crop", "a crop")
+
+
+def test_methods_under_some_budgets(here: Any, suites: Any) -> None:
+    """Settings of one label may differ between budgets, and `sizes` are options on the suite's own model."""
+    methods = """[
+        { name = "rtn", sizes = { bits = 3 }, budget = 3.5 },
+        { name = "rtn", sizes = { bits = 5 }, budget = [5.5] },
+        { name = "gptq", budget = [5.5, 4.5] },
+        { name = "nf4", budget = 4.5 },
+    ]"""
+    top = "budgets = [{ centre = 3.5, window = 1 }, { centre = 4.5, window = 1 }, { centre = 5.5, window = 1 }]"
+    plan = here.plan(suites.text(methods, top=top))
+    assert [(t.label, t.budget and t.budget.centre) for t in plan.trials] == [
+        ("dense", None), ("rtn", 3.5), ("rtn", 5.5), ("gptq", 4.5), ("gptq", 5.5), ("nf4", 4.5)
+    ]  # fmt: skip
+    assert [t.options["bits"] for t in plan.trials if t.label == "rtn"] == [3, 5]
+    clash = methods.replace("budget = [5.5] }", "budget = [5.5, 3.5] }")
+    assert "another entry with other settings is called 'rtn' too" in refused(here, suites.text(clash, top=top))
+
+
 def test_not_toml_not_text_not_there(here: Any, tmp_path: Path) -> None:
     assert "not TOML" in refused(here, "name = \n")
     path = tmp_path / "binary.toml"
@@ -182,6 +227,8 @@ def test_line_of_nested_tables() -> None:
 def test_the_suites_of_the_repository_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVENBITS_DISABLE", "mlflow")
     for path in sorted((root / "suites").rglob("*.toml")):
+        if path.name.endswith(".published.toml"):
+            continue  # what papers printed, beside the suite of that name
         suite = read_suite(path, load_plugins())
         assert isinstance(suite, Suite)
 

@@ -19,7 +19,7 @@ from evenbits.suite import read_suite
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-SUITES = sorted((ROOT / "suites").rglob("*.toml"))
+SUITES = sorted(path for path in (ROOT / "suites").rglob("*.toml") if not path.name.endswith(".published.toml"))
 
 
 def section(document: str, marker: str) -> str:

@@ -12,16 +12,22 @@ from typing import Any
 from evenbits.record import LayerFacts, Record, write_atomically
 from evenbits.report_csv import as_csv
 from evenbits.report_layers import has_layers, layers_csv, layers_markdown
+from evenbits.report_reproduction import print_reproduction, reproduction_markdown
+from evenbits.report_reproduction_data import reproduction_csv, reproduction_json
 from evenbits.report_samples import has_samples, samples_markdown
 from evenbits.report_text import as_markdown, as_terminal
+from evenbits.reproduced import Reproduction
 from evenbits.rows import dense_bits, why
 from evenbits.tables import Table, gather
 from evenbits.verdict import Verdict, verdict
 
-__all__ = ["Table", "Verdict", "as_csv", "as_json", "as_markdown", "as_terminal", "gather", "verdict", "write_report"]
+__all__ = [
+    "Reproduction", "Table", "Verdict", "as_csv", "as_json", "as_markdown", "as_terminal", "gather",
+    "print_reproduction", "reproduction_markdown", "verdict", "write_report",
+]  # fmt: skip
 
 
-_OURS = re.compile(r"layers\.(md|csv)|samples\.md|(pareto|recovery|layers)-.*\.(png|svg)")
+_OURS = re.compile(r"layers\.(md|csv)|reproduction\.(md|csv|json)|samples\.md|(pareto|recovery|layers)-.*\.(png|svg)")
 
 
 def as_json(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -40,8 +46,10 @@ def write_report(
     *,
     plots: bool = True,
     table: Table | None = None,
+    reproduction: Reproduction | None = None,
 ) -> list[Path]:
-    """Write report.md, report.csv, report.json, and where trials have them layers.md, layers.csv and samples.md.
+    """Write report.md, report.csv, report.json, and where trials have them layers.md, layers.csv and samples.md; with a
+    reproduction also reproduction.md, .csv and .json, the first at the end of report.md too.
 
     Unless told not to, the plots too (PNG and SVG): Pareto, recovery, and heat maps of the layers. Pages and plots of
     an earlier report that this one does not have are removed. Returns the paths. table: what `gather` made of the
@@ -61,8 +69,14 @@ def write_report(
         files["samples.md"] = samples_markdown(table).encode()
     more = ["## Plots", *(f"![{name[:-4]}]({name})" for name in _vector(shown))] if shown else []
     more += ["## More", "\n".join(links)] if links else []
+    text = as_markdown(table, more)
+    if reproduction is not None:
+        text += "\n" + reproduction_markdown(reproduction, level=2)
+        files["reproduction.md"] = reproduction_markdown(reproduction).encode()
+        files["reproduction.csv"] = reproduction_csv(reproduction).encode()
+        files["reproduction.json"] = reproduction_json(reproduction).encode()
     files |= {
-        "report.md": as_markdown(table, more).encode(),
+        "report.md": text.encode(),
         "report.csv": as_csv(table).encode(),
         "report.json": (json.dumps(as_json(records), indent=1, allow_nan=False) + "\n").encode(),
     }

@@ -517,7 +517,7 @@ def test_full_disk_for_an_artifact(evenbits: Any, suites: Any, tmp_path: Path) -
 # -- what plugins are told --------------------------------------------------------------------------------------
 
 
-def test_event_hooks_that_raise_are_notices(here: Any, suites: Any) -> None:
+def test_what_plugins_hear_when_and_that_theirs_raise(here: Any, suites: Any) -> None:
     from types import ModuleType
 
     from evenbits.hookspecs import hookimpl
@@ -536,15 +536,25 @@ def test_event_hooks_that_raise_are_notices(here: Any, suites: Any) -> None:
     }.items():
         setattr(broken, name, hookimpl(cast(Any, function)))
     listener.on_record = hookimpl(lambda record, context: seen.append(f"{context.suite_name} {record.label}"))  # type: ignore[attr-defined]
+    listener.on_finish = hookimpl(lambda records: seen.append("finish"))  # type: ignore[attr-defined]
     registry = load_plugins()
     for module in (broken, listener):
         registry.manager.register(module, module.__name__)
         registry.plugins.append(PluginInfo(module.__name__, module.__name__, "test", "1", "ok"))
-    records, notes = here.run(suites.text('[{ name = "rtn", budget = "free" }]'), registry=registry)
+    suite = suites.text('[{ name = "rtn", budget = "free" }]')
+    records, notes = here.run(suite, registry=registry, conclude=lambda: seen.append("report"))
     assert [record.status for record in records] == ["done", "done"]
-    assert seen == ["tiny dense", "tiny rtn"]
+    assert seen == ["tiny dense", "tiny rtn", "report", "finish"]
     assert len(notes.notices) == 1 + 2 + 2 + 1
     assert notes.notices[0] == "plugin broken (test 1): on_plan: ValueError: no server"
+
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):  # in the report: the records are there, so their mirror is ended
+        here.run(suite, registry=registry, conclude=stopped)
+    assert seen == ["tiny dense", "tiny rtn", "finish"]
 
 
 def test_the_fork_server_dies(here: Any, suites: Any) -> None:

@@ -183,6 +183,22 @@ def test_enormous_perplexities_do_not_overflow() -> None:
     assert 0 <= found.p_value <= 1
 
 
+def test_a_model_that_diverged_by_very_different_amounts_is_told_from_a_sound_one() -> None:
+    """By the perplexities themselves, [5e4, 1e5, 2e5] against 1.7, it would not be: p 0.1."""
+    rng = np.random.default_rng(0)
+    sound = np.log(1.7) + 0.3 * rng.standard_normal((1, 200)) + 0.001 * rng.standard_normal((3, 1))
+    lost = np.log([[5e4], [1e5], [2e5]]) + rng.standard_normal((1, 200))
+    assert difference(seeds(sound, "exp-mean"), seeds(lost, "exp-mean")).p_value < 0.002
+
+
+def test_perplexities_and_their_losses_differ_with_the_same_certainty() -> None:
+    rng = np.random.default_rng(1)
+    a, b = (0.5 + shift + 0.1 * rng.standard_normal((3, 100)) for shift in (0, 0.05))
+    assert difference(seeds(a, "exp-mean"), seeds(b, "exp-mean")).p_value == pytest.approx(
+        difference(seeds(a), seeds(b)).p_value, rel=1e-12
+    )
+
+
 def test_weights_and_groups_count_over_seeds_too() -> None:
     rng = np.random.default_rng(6)
     counts = rng.integers(5, 400, 300).astype(float)

@@ -253,8 +253,8 @@ def _made_by(side: Snapshot) -> str:
 def _legend(found: Gated) -> str:
     return (
         f"Changes are relative, of accuracies in points of 100, with {100 * found.level:g} % intervals over seeds;"
-        " p is one-sided and adjusted for all tests of its kind. In a night without any change the chance of an alarm"
-        f" is below {100 * FALSE_ALARMS:g} %."
+        " p is one-sided and adjusted for all tests of its kind. Together the tests are held to a false alarm in"
+        f" {100 * FALSE_ALARMS:g} % of nights, as far as seeds scatter as the baseline's do."
     )
 
 

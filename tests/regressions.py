@@ -27,6 +27,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ PLANTS = (
             ),
         ),
         ("gptq",),
-        (r"reference gptq.*: worse", r"the code of the method changed"),
+        (r"reference gptq.*: (perplexity|layer_error) .*: worse", r"the code of the method changed"),
     ),
     Plant(
         "pocketllm-rate",
@@ -108,7 +109,7 @@ PLANTS = (
             Edit(TURNS, '["lr"] = options', '["lr"] = 10 * options'),
         ),
         ("pocketllm", "pocketllm-paper"),
-        (r"reference pocketllm.*: worse", r"the code of the method changed"),
+        (r"reference pocketllm-paper.*: perplexity .*: worse", r"the code of the method changed"),
     ),
     Plant(
         "codebook-bits",
@@ -123,7 +124,7 @@ PLANTS = (
             ),
         ),
         ("kmeans",),
-        (r"reference kmeans.*: worse", r"the code of the method changed"),
+        (r"reference kmeans.*: perplexity .*: worse", r"the code of the method changed"),
     ),
     Plant(
         "tokenizer",
@@ -262,7 +263,8 @@ def write_summary(work: Path, found: Mapping[str, Any]) -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
     now = {**before, **found}
     path.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n")
-    lines = ["# The gate against planted faults and unchanged nights", ""]
+    told = f"`tests/regressions.py --finished RESULTS --work WORK`, then `--unchanged N --work WORK`; {date.today()}."
+    lines = ["# The gate against planted faults and unchanged nights", "", told, ""]
     if now.get("planted"):
         lines += ["| fault | gate | what it said first |", "| :-- | :-- | :-- |"]
         for one in now["planted"]:
@@ -273,6 +275,7 @@ def write_summary(work: Path, found: Mapping[str, Any]) -> None:
         alarms = sum(one["gate"] == 1 for one in now["unchanged"])
         seeds = ", ".join(str(one["seed"]) for one in now["unchanged"])
         lines += ["", f"{len(now['unchanged'])} unchanged nights (seeds {seeds}): {alarms} with an alarm."]
+        lines += [f"- seed {one['seed']}: {one['said']}" for one in now["unchanged"] if one["gate"]]
     (work / "regressions.md").write_text("\n".join(lines) + "\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 
@@ -19,6 +20,10 @@ WIDE = 2.0
 On a shared machine neighbours come and go within seconds, the clock follows the temperature, and the dense model is
 timed minutes away from each method: ratios of the same code were seen 1.5 times apart. What is twice as slow is a
 kernel that no longer runs, or a copy that should not be there."""
+
+ONE_RUN = 2 * 3600.0
+"""Seconds between a method's measurement and the dense model's beyond which their ratio is of two runs: what has not
+changed since the night before is not measured again, and the machine was another then, or as good as one."""
 
 
 def judge_sizes(one: Comparison) -> Iterator[Check]:
@@ -117,8 +122,13 @@ def _ratio(one: Comparison, place: str, before: KeptMetric) -> _Ratio | Check:
         for rows in (one.before, one.now)
     ]
     values = [list(side.values) for side in (before, now, *bases) if side is not None]
-    if len(values) < 4:
+    if len(values) < 4 or dense is None:
         return Check(place, before.name, "not judged", "no dense model's number beside it")
+    for rows, when in ((one.now, "this time"), (one.before, "in the baseline")):
+        hours = _seconds_apart(rows[place], rows[dense]) / 3600
+        if 3600 * hours > ONE_RUN:
+            text = f"{when} the dense model was measured {hours:.0f} hours away: no ratio of one run"
+            return Check(place, before.name, "not judged", text)
     if not all(np.isfinite(side).all() and min(side) > 0 for side in values):
         return Check(place, before.name, "not judged", "no ratio: a number is 0")
     shares = [
@@ -126,6 +136,12 @@ def _ratio(one: Comparison, place: str, before: KeptMetric) -> _Ratio | Check:
         for side, base in zip(values[:2], values[2:], strict=True)
     ]
     return _Ratio(place, before, shares[0], shares[1], describe_changes(named))
+
+
+def _seconds_apart(row: KeptRow, dense: KeptRow) -> float:
+    """Largest time between a seed's measurement and the nearest of the dense model; 0 where times are not known."""
+    times, others = ([datetime.fromisoformat(at) for at in one.measured_at if at] for one in (row, dense))
+    return max((min(abs((at - other).total_seconds()) for other in others) for at in times if others), default=0.0)
 
 
 def _judge(one: Comparison, ratio: _Ratio, test: SeedTest, p_value: float) -> Check:

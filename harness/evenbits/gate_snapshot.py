@@ -103,6 +103,7 @@ class KeptRow(_Frozen):
     linear_bytes: tuple[int, ...]
     model_bytes: tuple[int, ...]
     metrics: tuple[KeptMetric, ...]
+    measured_at: tuple[str, ...] = Field(default=(), description="ISO times, one a seed; () in older snapshots")
 
     @property
     def place(self) -> str:
@@ -234,6 +235,7 @@ def _row(row: Row, designs: dict[str, Design]) -> KeptRow:
         linear_bytes=tuple(linear for _, linear, _ in sizes),
         model_bytes=tuple(model for _, _, model in sizes),
         metrics=tuple(_metrics(row, designs)),
+        measured_at=tuple(r.finished for r in records),
     )
 
 

@@ -272,6 +272,20 @@ def test_times_are_ratios_and_advisory_up_to_twice(base: Night, tmp_path: Path) 
     assert of(at("odd", {"aqlm": 1.9}), "aqlm", "latency_ms over dense").outcome in ("ok", "advisory")
 
 
+def test_a_dense_model_of_another_night_is_no_measure_of_time(base: Night, tmp_path: Path) -> None:
+    """What has not changed is not measured again, so the dense model's time may be of a machine with less to do."""
+    made = Night(tmp_path / "later")
+    made.factor = {"aqlm": 6.0}
+    made.facts = {"dense": {"finished": "2026-11-22T21:00:00+00:00"}, "gptq": {"finished": "2026-11-22T21:40:00+00:00"},
+                  "aqlm": {"finished": "2026-11-23T02:00:00+00:00"}}  # fmt: skip
+    found = judge(base, made.run())
+    check = of(found, "aqlm", "latency_ms")
+    said = "this time the dense model was measured 5 hours away: no ratio of one run"
+    assert (check.outcome, check.text) == ("not judged", said)
+    assert of(found, "gptq", "latency_ms over dense").outcome == "ok"
+    assert found.exit_code == 0
+
+
 # -- protocols, rows, settings ------------------------------------------------------------------------------------
 
 

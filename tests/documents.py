@@ -1,13 +1,29 @@
-"""Write the parts of CONTRIBUTING.md that are read off the code: `python tests/documents.py`."""
+"""Write what CONTRIBUTING.md and plugins/README.md say that is read off the code: `python tests/documents.py`."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import re
 from pathlib import Path
 
-from evenbits import hookspecs
+from evenbits import compressor, hookspecs, measure
 
 ROOT = Path(__file__).resolve().parents[1]
+AUTHORS = "plugins/README.md"
+TUTORIAL = ROOT / "tests" / "tutorial"
+LANGUAGES = {".py": "python", ".toml": "toml"}
+DESCRIPTORS = (
+    compressor.Compressor,
+    compressor.Recovery,
+    measure.Evaluator,
+    measure.Profiler,
+    measure.Corpus,
+    compressor.Needs,
+    compressor.Estimate,
+    compressor.PackedLayer,
+    measure.Measurement,
+)
 READING = {
     "errors": "what a user can cause",
     "compressor": "the protocols: what a method declares and what flows through it",
@@ -77,16 +93,55 @@ def reading_lines() -> str:
     return "\n".join(["| module | lines | what |", "|---|--:|---|", *rows, "", last]) + "\n"
 
 
+def descriptor_lines() -> str:
+    """Each class with its fields as they are declared, and its documentation."""
+    parts = []
+    for cls in DESCRIPTORS:
+        fields = []
+        for field in dataclasses.fields(cls):
+            optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+            fields.append(f"    {field.name}: {str(field.type).strip(chr(34))}{_default(field) if optional else ''}")
+        doc = inspect.cleandoc(str(cls.__doc__))
+        parts.append(f"### `{cls.__name__}`\n\n```\n" + "\n".join(fields) + f"\n\n{doc}\n```\n")
+    return "\n".join(parts)
+
+
+def _default(field: dataclasses.Field[object]) -> str:
+    """As it would be typed; of a function, or of what is made anew, only that there is one."""
+    if isinstance(field.default, compressor.Needs):
+        return " = Needs()"
+    return " = ..." if field.default is dataclasses.MISSING or callable(field.default) else f" = {field.default!r}"
+
+
+def tutorial_lines(place: str) -> str:
+    """A file of the tutorial as a fenced block, under its place."""
+    path = TUTORIAL / place
+    return f"`{place}`\n\n```{LANGUAGES[path.suffix]}\n{path.read_text()}```\n"
+
+
+def fill(text: str, marker: str, lines: str, closing: str | None = None) -> str:
+    """The text with `lines` between <!-- marker --> and <!-- /closing -->; SystemExit where it has no such section."""
+    head, begin, rest = text.partition(f"<!-- {marker} -->\n")
+    _, end, tail = rest.partition(f"<!-- /{closing or marker} -->")
+    if not begin or not end:
+        raise SystemExit(f"no section <!-- {marker} -->")
+    return head + begin + lines + end + tail
+
+
+def authors_page(text: str) -> str:
+    """plugins/README.md with its tutorial, hooks and descriptors as they are now."""
+    text = fill(text, "hooks", hook_lines())
+    text = fill(text, "descriptors", descriptor_lines())
+    for place in re.findall(r"^<!-- tutorial: (\S+) -->", text, re.M):
+        text = fill(text, f"tutorial: {place}", tutorial_lines(place), "tutorial")
+    return text
+
+
 def main() -> None:
     path = ROOT / "CONTRIBUTING.md"
-    text = path.read_text()
-    for marker, lines in (("hooks", hook_lines()), ("reading-order", reading_lines())):
-        head, begin, rest = text.partition(f"<!-- {marker} -->\n")
-        _, end, tail = rest.partition(f"<!-- /{marker} -->")
-        if not begin or not end:
-            raise SystemExit(f"CONTRIBUTING.md needs one <!-- {marker} --> section")
-        text = head + begin + lines + end + tail
-    path.write_text(text)
+    path.write_text(fill(path.read_text(), "reading-order", reading_lines()))
+    path = ROOT / AUTHORS
+    path.write_text(authors_page(path.read_text()))
 
 
 if __name__ == "__main__":

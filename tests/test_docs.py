@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from evenbits.suite import read_suite
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+AUTHORS = "plugins/README.md"
 SUITES = sorted(path for path in (ROOT / "suites").rglob("*.toml") if not path.name.endswith(".published.toml"))
 
 
@@ -61,7 +63,27 @@ def test_the_reading_order_counts_its_lines() -> None:
 
 def test_every_hook_stands_in_the_docs_with_its_arguments() -> None:
     expected = script("documents").hook_lines()
-    assert section("CONTRIBUTING.md", "hooks") == expected, "run python tests/documents.py"
+    assert section(AUTHORS, "hooks") == expected, "run python tests/documents.py"
+    for name in hookspecs.HOOKS:
+        assert f"- `{name}(" in expected
+
+
+def test_every_descriptor_stands_in_the_docs_with_its_fields() -> None:
+    documents = script("documents")
+    expected = documents.descriptor_lines()
+    assert section(AUTHORS, "descriptors") == expected, "run python tests/documents.py"
+    shown = {cls.__name__ for cls in documents.DESCRIPTORS}
+    for name in hookspecs.HOOKS:
+        returned = re.search(r"-> '?Sequence\[(\w+)\]", str(inspect.signature(getattr(hookspecs, name))))
+        assert returned is None or returned[1] in shown, f"{name} returns {returned[1]}: add it to DESCRIPTORS"
+
+
+def test_the_tutorial_on_the_page_is_the_project_that_the_tests_run() -> None:
+    documents, text = script("documents"), (ROOT / AUTHORS).read_text()
+    assert documents.authors_page(text) == text, "run python tests/documents.py"
+    shown = set(re.findall(r"^<!-- tutorial: (\S+) -->", text, re.M))
+    files = {p.relative_to(documents.TUTORIAL).as_posix() for p in documents.TUTORIAL.rglob("*") if p.is_file()}
+    assert shown == {name for name in files if "__pycache__" not in name and not name.startswith(".")}
 
 
 def test_every_hook_says_what_for() -> None:
@@ -107,9 +129,10 @@ def test_the_readme_shows_the_help_as_it_is() -> None:
 
 
 def test_links_to_files_exist() -> None:
-    for document in DOCUMENTS:
-        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", (ROOT / document).read_text()):
-            assert (ROOT / target).exists(), f"{document} links to {target}"
+    for document in (*DOCUMENTS, AUTHORS):
+        path = ROOT / document
+        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{document} links to {target}"
 
 
 def marked(marker: str, language: str) -> str:

@@ -30,10 +30,12 @@ from evenbits.manifest import (
     Manifest,
     StoredFile,
     StoredLayer,
+    artifact_config,
     read_manifest,
 )
 
 TEMPORARY = ".writing-"
+CONFIG = "config.json"
 
 
 def dense_layer(weight: Tensor, dtype: torch.dtype) -> PackedLayer:
@@ -47,6 +49,7 @@ class ArtifactWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._work = folder.parent / f"{TEMPORARY}{folder.name}-{os.getpid()}"
+        self._scratch = self._work.with_name(f"{self._work.name}-scratch")
         self._files: dict[str, StoredFile] = {}
         self._pending: dict[str, Tensor] = {}
         self._pending_meta: dict[str, Any] = {}
@@ -60,6 +63,13 @@ class ArtifactWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self._work, ignore_errors=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def scratch(self) -> Path:
+        """A folder for what another program writes on the way, on the artifact's disk; gone with the context."""
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True)
+        return self._scratch
 
     def _record(self, name: str) -> None:
         path = self._work / name
@@ -105,6 +115,10 @@ class ArtifactWriter:
 
     def finish(self, **facts: Any) -> Manifest:
         """Write the manifest and move the folder in place. An artifact already there is kept: same key, same bytes."""
+        if CONFIG in self._files:
+            text = (self._work / CONFIG).read_bytes()
+            (self._work / CONFIG).write_bytes(artifact_config(text, facts["dtype"], facts.get("model_form", "layers")))
+            self._record(CONFIG)
         manifest = Manifest(files=self._files, **facts)
         text = manifest.model_dump_json(indent=1).encode()
         write_atomically(self._work / MANIFEST_DIGEST, hashlib.sha256(text).hexdigest().encode())
@@ -153,7 +167,8 @@ class Artifact:
 
     @property
     def shared(self) -> Shared | None:
-        if self._shared is None and self.manifest.shared:
+        # facts without a tensor are shared too
+        if self._shared is None and "shared.safetensors" in self.manifest.files:
             with self._open("shared.safetensors") as opened:
                 tensors = {key: opened.get_tensor(f"shared/{key}") for key in self.manifest.shared}
                 meta = json.loads((opened.metadata() or {}).get("meta", "{}"))

@@ -54,6 +54,7 @@ class Attempt:
         self.peaks: dict[str, int] = {}
         self.ledger: Any = None
         self.layers: tuple[Any, ...] = ()
+        self.made_with: dict[str, str] = {}
 
     def measure_quality(self) -> Failure | None:
         """Compress what is not there yet, and evaluate."""
@@ -82,6 +83,7 @@ class Attempt:
             fingerprints=self.fingerprints,
             samples=tuple(self.samples),
             remarks=tuple(self.remarks),
+            made_with=self.made_with,
             seconds=self.seconds,
             peaks=self.peaks,
             environment=dict(environment),
@@ -135,7 +137,7 @@ class Attempt:
         if known is None:
             return self._measure("evaluate")
         self.started = known.started
-        self.ledger, self.layers = known.ledger, known.layers
+        self.ledger, self.layers, self.made_with = known.ledger, known.layers, dict(known.made_with)
         self.metrics, self.fingerprints = list(known.metrics), dict(known.fingerprints)
         self.samples, self.remarks = list(known.samples), list(known.remarks)
         self.seconds["evaluate"], self.peaks["evaluate"] = known.seconds["evaluate"], known.peaks["evaluate"]
@@ -151,7 +153,7 @@ class Attempt:
         if twice := sorted(known & {name for metric in result.metrics for name in (metric.name, *metric.attachments)}):
             message = f"{twice[0]!r} names a metric or file of an evaluator and one of a profiler; give one a label"
             return Failure(kind="error", stage="run", message=message)
-        self.ledger, self.layers = result.ledger, result.layers
+        self.ledger, self.layers, self.made_with = result.ledger, result.layers, result.made_with
         self.metrics += result.metrics
         self.fingerprints |= result.fingerprints
         self.items |= result.arrays()

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from evenbits import commands_gate, commands_history
+from evenbits import commands_check, commands_env, commands_export, commands_gate, commands_history, commands_new
 from evenbits.errors import EvenbitsError, MissingExtra, SuiteError
 from evenbits.plugins import Registry, load_plugins
 
@@ -366,7 +366,11 @@ def clean(
 
 
 app.add_typer(commands_history.app)
+app.add_typer(commands_env.app)
 app.command()(commands_gate.gate)
+app.command()(commands_check.check)
+app.command()(commands_export.export)
+app.command()(commands_new.new)
 
 
 def main() -> None:

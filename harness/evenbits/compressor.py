@@ -130,7 +130,8 @@ class Estimate:
 class Needs:
     """What the harness must supply.
 
-    statistics    none | second_moment: (in, in) mean of x x^T of each layer's input | inputs: the rows x themselves |
+    statistics    none | tokens: the calibration tokens, for a program that runs the model on its own |
+                  second_moment: (in, in) mean of x x^T of each layer's input | inputs: the rows x themselves |
                   fisher: (out, in) mean squared gradient of the loss, always the dense model's; the last two come with
                   the second moment
     sequential    statistics come through the blocks already compressed; else those of the dense model, cached
@@ -141,7 +142,7 @@ class Needs:
     environment   name of an isolated environment, or None for this one
     """
 
-    statistics: Literal["none", "second_moment", "inputs", "fisher"] = "none"
+    statistics: Literal["none", "tokens", "second_moment", "inputs", "fisher"] = "none"
     sequential: bool = False
     within_block: bool = False
     gradients: bool = False
@@ -341,6 +342,7 @@ class Compressor:
     fit       (budget, shapes, fixed) -> options | Refusal; `fixed` are the options the suite pinned
     make      options -> the compressor object; heavy imports happen here
     stochastic whether the result depends on the seed (beyond the calibration draw)
+    fetches   options -> what it will download when it compresses: (what, bytes, or None where nobody knows)
     shapes_after for a model compressor that stores smaller weights as they are: (options, shapes) -> the linear layers
               that a recovery stage meets; adapters are billed on these, and merged into them without a byte more
     """
@@ -355,6 +357,7 @@ class Compressor:
     needs: Needs | Callable[[Any], Needs] = Needs()
     stochastic: bool = False
     shapes_after: Callable[[Any, ModelShapes], ModelShapes] | None = None
+    fetches: Callable[[Any], Sequence[tuple[str, int | None]]] = lambda options: ()
 
     def needs_of(self, options: Options) -> Needs:
         return self.needs if isinstance(self.needs, Needs) else self.needs(options)

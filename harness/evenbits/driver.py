@@ -36,6 +36,7 @@ from evenbits.compressor import (
     Shared,
 )
 from evenbits.errors import EvenbitsError, TrialFailed
+from evenbits.foreign import Bench, CheckpointCompressor, Launch
 from evenbits.manifest import StoredLayer
 from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.models import (
@@ -71,6 +72,7 @@ class Work:
     moments_folder: Path | None
     trust_remote_code: bool = False
     advance: Advance = lambda steps: None
+    launch: Launch | None = None  # runs a worker in the environment that the compressor needs
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Stored:
     whole: dict[str, Role] = field(default_factory=dict)
     whole_weights: int = 0
     form: str = "layers"
+    made_with: dict[str, str] = field(default_factory=dict)  # versions of another program's libraries
 
 
 class Driver:
@@ -111,10 +114,11 @@ class Driver:
             if not isinstance(compressor, LayerCompressor):
                 self._whole(compressor)
                 return self.stored
-            self.shared = compressor.prepare(self.blocks.survey(), seeded_generator(self.work.seed, "prepare"))
-            if self.shared is not None:
-                self.writer.write_shared(self.shared)
-                self.stored.shared = dict(self.shared.roles)
+            if isinstance(compressor, CheckpointCompressor):
+                self._foreign(compressor)
+                self._rest()
+                return self.stored
+            self._share(compressor.prepare(self.blocks.survey(), seeded_generator(self.work.seed, "prepare")))
             if (
                 isinstance(compressor, BlockCompressor)
                 or self.work.needs.sequential
@@ -141,6 +145,32 @@ class Driver:
                 moment = None if moments is None else moments.get(shape.name).to(self.work.device)
                 self._compress(compressor, weight, Layer(shape, moment, None, self.work.budget, felt))
             self._flush(index)
+
+    @torch.no_grad()
+    def _foreign(self, compressor: CheckpointCompressor) -> None:
+        """What another program stored, layer by layer as its files have it; each checked before it is taken."""
+        work = self.work
+        bench = Bench(
+            work.model_folder, self.shapes, work.dtype, str(work.device), work.seed, work.budget, work.tokens,
+            self.writer.scratch(), work.launch,
+        )  # fmt: skip
+        checkpoint = compressor.open(bench)
+        self._share(checkpoint.shared)
+        self.stored.made_with = dict(checkpoint.versions)
+        for index, layers in self.blocks:
+            for shape, tensor in layers:
+                weight, packed = self.blocks.weight(tensor), checkpoint.layer(shape)
+                with _named(shape.name):
+                    fold = checkpoint.check(shape, weight, restore_layer(compressor, packed, shape, self.shared))
+                self._store(compressor, weight, Layer(shape), packed, fold)
+            self._flush(index)
+        self.changed = dict(checkpoint.rest())
+
+    def _share(self, shared: Shared | None) -> None:
+        self.shared = shared
+        if shared is not None:
+            self.writer.write_shared(shared)
+            self.stored.shared = dict(shared.roles)
 
     @torch.no_grad()
     def _sequential(self, compressor: LayerCompressor) -> None:
@@ -269,7 +299,7 @@ class Driver:
             restored = restore_layer(compressor, packed, layer.shape, self.shared)
         moment = layer.second_moment
         shape = layer.shape
-        compared = restored if fold is None else _unfolded(restored, fold)
+        compared = restored if fold is None else unfolded(restored, fold)
         error = relative_error(weight, compared)
         if not math.isfinite(error):
             raise TrialFailed(f"{shape.name}: an all-zero weight was restored to something else")
@@ -324,7 +354,7 @@ class Driver:
         self.work.advance(self.shapes.weights)
 
 
-def _unfolded(restored: Tensor, fold: Fold) -> Tensor:
+def unfolded(restored: Tensor, fold: Fold) -> Tensor:
     """(out, in): what the stored weight stands for."""
     if fold.rows is not None:
         restored = restored / fold.rows.float()[:, None]

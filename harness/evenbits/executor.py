@@ -137,7 +137,7 @@ def _child(job: Job, log: str, pipe: Connection) -> None:
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         pipe.send(("error", (message, traceback.format_exc())))
     else:
-        result.peak_bytes = max(0, _peak_bytes() - begun_with)
+        result.peak_bytes += max(0, _peak_bytes() - begun_with)
         pipe.send(("result", result))
     pipe.close()
     sys.stdout.flush()

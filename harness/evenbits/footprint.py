@@ -73,7 +73,7 @@ def calibration_tokens(trial: Trial) -> int:
 
 
 def downloads(plan: Plan, registry: Registry) -> list[Amount]:
-    """Models first, then data sets by name: how large these are is known to the hub alone."""
+    """Models first, then what methods fetch, then data sets by name: how large these are is known to the hub alone."""
     found = []
     for model in _models(plan):
         name = model.facts.name
@@ -82,7 +82,18 @@ def downloads(plan: Plan, registry: Registry) -> list[Amount]:
         else:
             count = f"{model.shapes.parameters:,} parameters at {model.facts.stored_bits} bits"
             found.append(Amount(f"model {name}", model.shapes.stored_bytes, count))
+    found += [Amount(what, count, "for its method") for what, count in _fetched_by_methods(plan, registry)]
     return found + [Amount(name, None, "from the hub where its cache lacks it") for name in _data_sets(plan, registry)]
+
+
+def _fetched_by_methods(plan: Plan, registry: Registry) -> Iterable[tuple[str, int | None]]:
+    """Each once, whatever the number of trials that need it."""
+    found: dict[tuple[str, int | None], None] = {}
+    for trial in plan.trials:
+        if trial.method != DENSE:
+            descriptor: Compressor = registry.find("compressors", trial.method, "method").value
+            found |= dict.fromkeys(descriptor.fetches(descriptor.options.model_validate(dict(trial.options))))
+    return found
 
 
 def _data_sets(plan: Plan, registry: Registry) -> list[str]:

@@ -34,8 +34,9 @@ class Job:
 class StageResult:
     """What a stage found.
 
-    device_peak_bytes: by torch's allocator on the GPU it ran on, if any. items: file name -> the bytes of a .npy file;
-    attachments: file name -> bytes.
+    peak_bytes: of a worker that it ran beside itself, until the child adds its own. device_peak_bytes: by torch's
+    allocator on the GPU it ran on, if any. made_with: libraries of another program by version. items: file name ->
+    the bytes of a .npy file; attachments: file name -> bytes.
     """
 
     seconds: float = 0.0
@@ -49,6 +50,7 @@ class StageResult:
     attachments: dict[str, bytes] = field(default_factory=dict)
     samples: list[SampleFacts] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    made_with: dict[str, str] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         return {name: np.load(io.BytesIO(data), allow_pickle=False) for name, data in self.items.items()}

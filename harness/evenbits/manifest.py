@@ -2,7 +2,9 @@
 
 An artifact is a folder: manifest.json, blocks/*.safetensors (packed layers), shared.safetensors (what layers
 share), rest.safetensors (all other tensors at the evaluated dtype), adapters.safetensors, and the config and
-tokenizer files of the base model. Nothing is pickled.
+tokenizer files of the base model. Nothing is pickled. Its config.json differs from the base model's in two entries,
+by which transformers' from_pretrained finds its way here (evenbits.quantizer): the evaluated dtype, and a
+quantization_config.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 ADAPTER_A, ADAPTER_B = "adapter_a", "adapter_b"
+QUANT_METHOD = "evenbits"
 
 
 class _Frozen(BaseModel):
@@ -66,7 +69,10 @@ class StoredLayer(_Frozen):
 
 
 class Manifest(_Frozen):
-    """model_form: "layers" (packed layer by layer) or "whole" (a model compressor's own tensors, with `roles`)."""
+    """model_form: "layers" (packed layer by layer) or "whole" (a model compressor's own tensors, with `roles`).
+
+    made_with: versions of the libraries of another program's environment that decided the result, by distribution.
+    """
 
     schema_version: int = SCHEMA
     key: str
@@ -88,6 +94,7 @@ class Manifest(_Frozen):
     shared: dict[str, Role] = {}
     whole: dict[str, Role] = {}
     whole_weights: int = 0
+    made_with: dict[str, str] = {}
 
     def check_files(self, folder: Path) -> None:
         """Compare every file with its sha256. Raises ArtifactError naming the first that differs."""
@@ -102,6 +109,23 @@ class Manifest(_Frozen):
                     f"{path}: sha256 differs from the manifest's, the file was damaged; "
                     f"remove the folder {folder} and run again"
                 )
+
+
+def artifact_config(text: bytes, dtype: str, form: str) -> bytes:
+    """config.json of an artifact, from that of its base model."""
+    config = json.loads(text)
+    config.pop("torch_dtype", None)  # what the entry was called before transformers 5
+    config |= {"dtype": dtype, "quantization_config": {"quant_method": QUANT_METHOD, "form": form}}
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
+def base_config(config: Any) -> Any:
+    """The transformers config of an artifact without what is for from_pretrained alone: a model made from it here is
+    an ordinary one, which may be saved."""
+    found = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD:
+        del config.quantization_config
+    return config
 
 
 def read_manifest(folder: Path) -> Manifest:

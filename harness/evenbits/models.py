@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from evenbits.errors import TrialFailed
+from evenbits.manifest import base_config
 from evenbits.shapes import Architecture, Inventory, StoredTensor
 
 Loader = Callable[[Path, str], nn.Module | None]
@@ -84,14 +85,21 @@ def open_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model or an artifact."""
+    from transformers import AutoConfig
+
+    return base_config(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))
+
+
 def build_model(folder: Path, state: Mapping[str, Tensor], dtype: str, *, trust_remote_code: bool = False) -> Any:
     """A model from its config and a complete state; every weight comes from `state` or from a tied one.
 
     Raises TrialFailed naming tensors that are missing or left over: nothing is initialised at random.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     with guarded_randomness(0), warnings.catch_warnings():
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), trust_remote_code=trust_remote_code)
     return fill_model(model, state, str(folder))

@@ -181,14 +181,14 @@ def open_packed(
         raise ArtifactError(f"{folder}: {whole_reason(manifest.method)}; open it restored")
     model = open_skeleton(folder, manifest.dtype, trust_remote_code=trust_remote_code)
     make = compressor.approximate_linear if approximate else compressor.linear
-    packed, dense = _make_paths(artifact, make, device, advance)
-    places = {name: _stand_in(model, name) for name in packed}
+    packed, dense = make_paths(artifact, make, device, advance)
+    places = {name: stand_in(model, name) for name in packed}
     weights = ArtifactWeights(artifact, compressor)
     stored = [*artifact.rest_names(), *(f"{name}.weight" for name in dense)]
     fill_places(places_of(model, stored, str(folder)), weights, device, folder)
     for name, path in packed.items():
         adapter = artifact.adapter(name)
-        places[name].install(path, None if adapter is None else _owned_pair(adapter, device))
+        places[name].install(path, None if adapter is None else owned_pair(adapter, device))
     model.to(device).eval().requires_grad_(False)
     return attach_kernels(model, LayerKernels(packed, dense))
 
@@ -197,7 +197,7 @@ def whole_reason(method: str) -> str:
     return f"method {method!r} stores a whole model, which computes as the method restores it"
 
 
-def _make_paths(
+def make_paths(
     artifact: Artifact, make: Callable[..., nn.Module | Refusal], device: torch.device, advance: Callable[[int], None]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """(layer -> module, layer -> why dense). What layers share is held once, and so is what each makes of it alike."""
@@ -252,13 +252,13 @@ def _owned(packed: PackedLayer, device: torch.device) -> PackedLayer:
     return PackedLayer({k: t.to(device, copy=True) for k, t in packed.tensors.items()}, packed.roles, packed.meta)
 
 
-def _owned_pair(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def owned_pair(pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     return pair[0].to(device, copy=True), pair[1].to(device, copy=True)
 
 
-def _stand_in(model: nn.Module, name: str) -> PackedLayerModule:
+def stand_in(model: nn.Module, name: str) -> PackedLayerModule:
+    """Put in a layer's place what `install` makes it; its bias stays where it was among the parameters."""
     module = model.get_submodule(name)
-    bias = module._parameters.get("bias")
-    stand_in = PackedLayerModule(bias)
-    model.set_submodule(name, stand_in)
-    return stand_in
+    found = PackedLayerModule(module._parameters.get("bias"))
+    model.set_submodule(name, found)
+    return found

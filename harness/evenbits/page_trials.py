@@ -74,7 +74,7 @@ def _bits(records: Sequence[Record]) -> Html:
     for name, what in (
         ("linear", "all bytes of the linear layers, per weight"),
         ("model", "all bytes of the model, per parameter"),
-        ("paper", "by the method's own formula"),
+        ("paper", "by the method's own formula, or claimed by a published checkpoint"),
         ("index", "codes alone"),
     ):
         measured = [getattr(r.ledger.bits if r.ledger is not None else dense_bits(r.model), name) for r in records]
@@ -249,7 +249,9 @@ def _runs(records: Sequence[Record], environments: Environments) -> Html:
         for r in records
         if r.artifact
     ]
-    found = facts([("distribution", records[0].distribution or NONE), *chains])
+    libraries = dict.fromkeys(", ".join(f"{k} {v}" for k, v in r.made_with.items()) for r in records if r.made_with)
+    made = [("compressed with", text) for text in libraries]
+    found = facts([("distribution", records[0].distribution or NONE), *made, *chains])
     times = table("By seed", header, lines, words=(1,), seen=False)
     return join([times, found, tag("ul", *ran.values(), class_="pulls")])
 

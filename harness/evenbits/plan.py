@@ -13,7 +13,9 @@ from typing import Any
 
 from evenbits.budget import BitBudget
 from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Options, Recovery, Refusal
+from evenbits.devices import cuda_devices
 from evenbits.environment import package_version
+from evenbits.environment_files import Environment, find_environment
 from evenbits.errors import SuiteError
 from evenbits.matching import Stages, call_plugin, choose_settings, recovery_bytes
 from evenbits.plugins import Provided, Registry
@@ -88,6 +90,7 @@ class Trial:
     device: str
     limits: Limits = field(default_factory=Limits)
     allowed_overlap: float = 0.01
+    environment: Environment | None = None  # that the method runs another library in
 
     @property
     def artifact(self) -> str | None:
@@ -303,13 +306,25 @@ class Planner:
             return skip("needs calibration data; give the suite a [calibration] table", method.given)
         if needs.device == "cuda" and self.suite.device == "cpu":
             return skip(f'needs a CUDA device, and the suite asks for "{self.suite.device}"', method.given)
+        environment: Environment | None = None
         if needs.environment is not None:
-            return skip(f"needs the environment {needs.environment!r}, which evenbits cannot make yet", method.given)
+            try:
+                environment = find_environment(provided.package, needs.environment)
+            except SuiteError as error:
+                return skip(str(error), method.given)
+            # a suite that asks for "cuda" is planned for a machine that has it, as needs.device above
+            if environment.device == "cuda" and (
+                self.suite.device == "cpu" or (self.suite.device == "auto" and not cuda_devices())
+            ):
+                here = f'the suite asks for "{self.suite.device}"' + (
+                    "" if self.suite.device == "cpu" else ", and there is none here"
+                )
+                return skip(f"environment {environment.name!r} needs a CUDA device: {here}", method.given)
         seeded = calibrated or compressor.stochastic
         for seed in self.suite.seeds if seeded else self.suite.seeds[:1]:
             self._add(
                 model, method.name, label, provided, options, budget, seed, recovery,
-                needs.statistics != "none", chosen.estimate,
+                needs.statistics != "none", chosen.estimate, environment,
             )  # fmt: skip
         return None
 
@@ -325,6 +340,7 @@ class Planner:
         recovery: tuple[Stage, ...],
         statistics: bool,
         estimate: Estimate | None,
+        environment: Environment | None = None,
     ) -> None:
         """`statistics`: whether the method itself looks at calibration data; a recovery stage always does."""
         calibration = self.calibration(seed) if statistics or recovery else None
@@ -343,6 +359,8 @@ class Planner:
                 "digest": source_digest(*COMPRESS_MODULES, *([provided.package] if provided else [])),
                 "libraries": self.libraries,
             }
+            if environment is not None:  # what is asked for, not whether or where it is made
+                facts["environment"] = environment.digest
             chain.append(content_hash(facts))
             for stage in recovery:
                 digest = source_digest("evenbits.recovery")
@@ -369,6 +387,7 @@ class Planner:
             device=self.suite.device,
             limits=self.suite.limits,
             allowed_overlap=self.suite.calibration.allowed_overlap if self.suite.calibration else 1.0,
+            environment=environment,
         )
         identity: dict[str, Any] = {
             "artifact": trial.artifact,

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from evenbits.devices import CudaDevice, cuda_devices
 from evenbits.effort import Cost, Effort, Estimator
+from evenbits.environments import find
 from evenbits.footprint import Amount, compress_memory, disk, downloads, known_bytes, needs_of
 from evenbits.footprint import shown_bytes as shown
 from evenbits.plan import Plan, Skip, Trial
@@ -82,6 +83,7 @@ def take(plan: Plan, registry: Registry, store: Results, devices: Sequence[CudaD
     effort = Estimator(plan, registry, store, "cuda" if cuda else "cpu").effort()
     fetched, written = downloads(plan, registry), disk(plan, registry, store)
     memory, held = _memory(plan, effort, registry, devices if cuda else None)
+    made = _environments(effort)
     return Takings(
         {
             "download": _fetching(fetched),
@@ -89,6 +91,7 @@ def take(plan: Plan, registry: Registry, store: Results, devices: Sequence[CudaD
             "memory": memory,
             "device": _device(wanted, devices),
             "hours": _hours(effort),
+            **({"making": made} if made else {}),
         },
         {"download": _amounts(fetched), "disk": _amounts(written), "memory": held, "hours": list(_parts(effort))},
     )
@@ -168,6 +171,18 @@ def _ram() -> int:
     import psutil
 
     return int(psutil.virtual_memory().total)
+
+
+def _environments(effort: Effort) -> str:
+    """Those of other libraries that the run will make first; "" where none is left to make."""
+    needed = {one.title: one for trial, _ in effort.compress if (one := trial.environment) is not None}
+    missing = [one.name for one in needed.values() if find(one) is None]
+    if not missing:
+        return ""
+    several = len(missing) > 1
+    what = f"environment{'s' if several else ''} {', '.join(missing)}"
+    fetched = "which download what they pin" if several else "which downloads what it pins"
+    return f"{what}, {fetched}; `evenbits env create {' '.join(missing)}` does it beforehand"
 
 
 def _device(wanted: str, devices: Sequence[CudaDevice]) -> str:

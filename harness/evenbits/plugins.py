@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,7 @@ from evenbits.measure import Corpus, Evaluator, Profiler
 T = TypeVar("T")
 
 DISABLE = "EVENBITS_DISABLE"
+_BROUGHT_TORCH: set[str] = set()  # modules whose import did; the command line loads plugins twice, and told it once
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Registry:
     def _clash(self, what: str, name: str, one: PluginInfo, other: PluginInfo) -> None:
         self.problems.append(
             f'{what} "{name}" is provided by {one.origin} and by {other.origin}: neither is used; '
-            f"disable one with {DISABLE}={other.name}"
+            f"disable one with {DISABLE}={one.name} or {DISABLE}={other.name}"
         )
 
     @cached_property
@@ -243,12 +245,28 @@ def _disabled() -> set[str]:
     return {name.strip() for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
 
 
+def _misspelt_groups(installed: Any) -> Iterator[str]:
+    """Entry points that were meant for evenbits: their group is nearly its name, which nothing else would say."""
+    for group in sorted(installed.groups):
+        if group != hookspecs.NAMESPACE and difflib.get_close_matches(group, [hookspecs.NAMESPACE], cutoff=0.75):
+            for entry in installed.select(group=group):
+                distribution, version = _origin_of(entry)
+                yield (
+                    f'"{entry.name}" of {distribution} {version} is no plugin: its entry point stands in the group '
+                    f'"{group}"; did you mean "{hookspecs.NAMESPACE}"?'
+                )
+
+
 def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
     """Load every entry point of the group "evenbits" (or those given), in order of name."""
     manager = pluggy.PluginManager(hookspecs.NAMESPACE)
     manager.add_hookspecs(hookspecs)
     registry = Registry(manager)
-    found = sorted(entries if entries is not None else entry_points(group="evenbits"), key=lambda entry: entry.name)
+    if entries is None:
+        installed: Any = entry_points()  # of two classes, by Python's version
+        entries = installed.select(group=hookspecs.NAMESPACE)
+        registry.problems += _misspelt_groups(installed)
+    found = sorted(entries, key=lambda entry: entry.name)
     disabled = _disabled()
     names = [entry.name for entry in found]
     for entry in found:
@@ -262,7 +280,13 @@ def load_plugins(entries: Iterable[EntryPoint] | None = None) -> Registry:
             if names.count(entry.name) > 1:
                 others = [f"{e.module} of {_origin_of(e)[0]}" for e in found if e.name == entry.name and e != entry]
                 raise PluginError(f"another plugin has this name ({', '.join(others)}): neither is loaded")
+            light = "torch" not in sys.modules
             module = entry.load()
+            if light and "torch" in sys.modules:
+                _BROUGHT_TORCH.add(entry.module)
+            if entry.module in _BROUGHT_TORCH:
+                slow = f"plugin {entry.name} ({distribution} {version}) imports torch when it is listed"
+                registry.problems.append(f"{slow}, so every command starts slowly: import it inside `make`")
             hooks = _check_hooks(module)
             manager.register(module, entry.name)
         except (Exception, SystemExit) as error:  # a module that exits when imported takes nobody with it

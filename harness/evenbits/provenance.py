@@ -20,6 +20,13 @@ def _root(package: str) -> Path | None:
     return origin.parent if origin.name == "__init__.py" else origin
 
 
+def package_folder(package: str) -> Path | None:
+    """Folder of a package, by path as `_sources`; None for a module of one file, and for what is not there."""
+    top, *inside = package.split(".")
+    root = _root(top)
+    return None if root is None or root.is_file() else root.joinpath(*inside)
+
+
 @cache
 def _sources(name: str) -> tuple[tuple[str, Path], ...]:
     """(module name, file) of a module, or of a package with all that is inside it; () for what is no module.

@@ -148,6 +148,7 @@ class Record(_Frozen):
     metrics: tuple[MetricFacts, ...] = ()
     fingerprints: dict[str, dict[str, Any]] = {}
     samples: tuple[SampleFacts, ...] = ()
+    made_with: dict[str, str] = Field(default={}, description="another program's libraries that compressed, by version")
     remarks: tuple[str, ...] = Field(default=(), description="what could not be measured, and why")
     seconds: dict[str, float] = Field(default={}, description="wall seconds by stage")
     peaks: dict[str, int] = Field(default={}, description="peak bytes by stage")

@@ -35,7 +35,8 @@ LEGEND = (
     "the smallest and the largest. vs dense is the value over the uncompressed model's, with its 95 % interval where "
     "both were measured on the same items: these are drawn again for both together, and seeds that differ count too.",
     "linear bits: bytes on disk that stand for the linear layers of the blocks, per weight; model bits: all bytes of "
-    "the model per parameter; paper bits: by the method's own formula; index bits: codes alone.",
+    "the model per parameter; paper bits: by the method's own formula, or what a published "
+    "checkpoint claims; index bits: codes alone.",
 )
 
 

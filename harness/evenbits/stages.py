@@ -22,11 +22,12 @@ from evenbits import __version__
 from evenbits.artifact import Artifact, ArtifactWriter
 from evenbits.compressor import Needs, Recovery
 from evenbits.driver import Driver, Work
+from evenbits.environments import make
 from evenbits.errors import EvenbitsError, TrialFailed
 from evenbits.findings import take
 from evenbits.job import Job, StageResult
 from evenbits.ledger import dense_ledger, measure_bits, measure_layers
-from evenbits.manifest import MANIFEST
+from evenbits.manifest import MANIFEST, read_manifest
 from evenbits.measure import KERNEL_POLICY
 from evenbits.models import guarded_randomness, torch_dtype
 from evenbits.plan import COMPRESS_MODULES, DENSE, Stage, Trial, content_hash
@@ -37,6 +38,7 @@ from evenbits.recovery import LeaveDense, RecoveryWork, recover
 from evenbits.subject import MeasuredModel, choose_device, make_compressor
 from evenbits.suite import check_options
 from evenbits.tokens import calibration_tokens
+from evenbits.workers import WorkerLaunch
 
 Report = Callable[[int, int, str], None]
 
@@ -52,20 +54,36 @@ def registry() -> Registry:
 
 def compress(job: Job, report: Report) -> StageResult:
     """Make what is missing of the trial's chain of artifacts."""
-    begun = time.perf_counter()
     trial = job.trial
+    folder = job.artifacts / trial.chain[0]
+    # before the clock: making an environment is no part of what compressing costs, and comes once
+    launch = None if (folder / MANIFEST).is_file() else _launch(job, report)
+    begun = time.perf_counter()
     report(0, 1, "calibration text")
     tokens, facts = calibration_tokens(trial, registry(), job.cache)
     device = choose_device(trial.device)
-    folder = job.artifacts / trial.chain[0]
     if not (folder / MANIFEST).is_file():
-        _compress_base(job, folder, tokens, facts, device, report)
+        _compress_base(job, folder, tokens, facts, device, report, launch)
     for index, stage in enumerate(trial.recovery):
         before, folder = folder, job.artifacts / trial.chain[index + 1]
         if not (folder / MANIFEST).is_file():
             _recover(job, before, folder, index, stage, tokens, facts, device)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return StageResult(seconds=time.perf_counter() - begun, device_peak_bytes=peak)
+    beside = 0 if launch is None else launch.peak_bytes
+    return StageResult(seconds=time.perf_counter() - begun, peak_bytes=beside, device_peak_bytes=peak)
+
+
+def _launch(job: Job, report: Report) -> WorkerLaunch | None:
+    """The environment of the trial's method, made where it is not there yet."""
+    environment = job.trial.environment
+    if environment is None:
+        return None
+
+    def say(line: str) -> None:
+        print(line, flush=True)  # into the log
+        report(0, 0, f"environment {environment.name}")
+
+    return WorkerLaunch(environment, make(environment, say=say), threads_of(job))
 
 
 def _compress_base(
@@ -75,6 +93,7 @@ def _compress_base(
     calibration: dict[str, Any] | None,
     device: torch.device,
     report: Report,
+    launch: WorkerLaunch | None = None,
 ) -> None:
     trial, model = job.trial, job.trial.model
     if trial.method == DENSE:
@@ -106,6 +125,7 @@ def _compress_base(
         moments_folder=_moments_folder(job, calibration),
         trust_remote_code=model.source.trust_remote_code,
         advance=advance,
+        launch=launch,
     )
     with ArtifactWriter(folder) as writer:
         stored = Driver(work, writer).run()
@@ -118,6 +138,7 @@ def _compress_base(
             shared=stored.shared,
             whole=stored.whole,
             whole_weights=stored.whole_weights,
+            made_with=stored.made_with,
         )
 
 
@@ -189,6 +210,12 @@ def _recover(
 # -- measure -------------------------------------------------------------------------------------------------
 
 
+def made_with(job: Job) -> dict[str, str]:
+    """Versions of the libraries of another program that made the artifact; {} where there was none."""
+    folder = job.artifact_folder
+    return {} if folder is None else read_manifest(folder).made_with
+
+
 def account(job: Job) -> tuple[Ledger, tuple[LayerFacts, ...]]:
     """The ledger of what is on disk, and the layers' own figures. Needs no model in memory."""
     folder = job.artifact_folder
@@ -248,7 +275,7 @@ def profile(job: Job, report: Report) -> StageResult:
 def _measure(job: Job, report: Report, kind: str, what: str, stages: Sequence[Stage], method: str) -> StageResult:
     begun = time.perf_counter()
     subject, ledger, layers = _subject(job, report)
-    result = StageResult(ledger=ledger, layers=layers)
+    result = StageResult(ledger=ledger, layers=layers, made_with=made_with(job))
     for stage in stages:
         descriptor = registry().find(kind, stage.name, what).value
         made = descriptor.make(check_options(descriptor.options, stage.options, f"{what} {stage.name}"))

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from evenbits.errors import TrialFailed
 from evenbits.hidden import HELD_BYTES, HiddenStates
-from evenbits.models import guarded_randomness, torch_dtype
+from evenbits.models import guarded_randomness, load_config, torch_dtype
 from evenbits.shapes import ARCHITECTURES, read_config
 from evenbits.weights import StoredWeights
 
@@ -213,13 +213,13 @@ def open_stored(
 
 def open_skeleton(folder: Path, dtype: str, *, trust_remote_code: bool = False) -> Any:
     """The model of a folder's config in eval mode, its parameters without values (device "meta"), its buffers real."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     def forget(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
         # one that is tied comes here twice and must stay one
         return None if parameter.is_meta else nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     handle = register_module_parameter_registration_hook(forget)
     try:
         with guarded_randomness(0), warnings.catch_warnings():

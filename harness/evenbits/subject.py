@@ -54,7 +54,7 @@ def restore_state(artifact: Artifact, compressor: LayerCompressor) -> dict[str, 
     return state
 
 
-def _open_artifact(folder: Path, registry: Registry, *, trust_remote_code: bool) -> tuple[Artifact, Any]:
+def open_artifact(folder: Path, registry: Registry, *, trust_remote_code: bool) -> tuple[Artifact, Any]:
     """The artifact, verified against its hashes, and the compressor that restores it. Raises as `load_artifact`."""
     artifact = Artifact(folder)
     manifest = artifact.manifest
@@ -80,7 +80,7 @@ def load_artifact(
     does not trust it, and for a model stored whole where packed weights are asked for; SuiteError when the method's
     plugin is missing.
     """
-    artifact, compressor = _open_artifact(folder, registry, trust_remote_code=trust_remote_code)
+    artifact, compressor = open_artifact(folder, registry, trust_remote_code=trust_remote_code)
     manifest = artifact.manifest
     if weights != "restored":
         near, place = weights == "approximate", torch.device(device)
@@ -182,7 +182,7 @@ class MeasuredModel:
         dtype, trusted = self.dtype, self.trust_remote_code
         weights: StoredWeights
         if self.artifact:
-            artifact, compressor = _open_artifact(self.folder, self.registry, trust_remote_code=trusted)
+            artifact, compressor = open_artifact(self.folder, self.registry, trust_remote_code=trusted)
             weights, dtype = ArtifactWeights(artifact, compressor), artifact.manifest.dtype
         elif loaders := self.registry.packages_of("load_model"):
             raise TrialFailed(

@@ -13,7 +13,7 @@ from evenbits.artifact import Artifact, ArtifactWriter
 from evenbits.compressor import LayerCompressor, LayerShape, ModelCompressor
 from evenbits.errors import ArtifactError, TrialFailed
 from evenbits.manifest import Manifest
-from evenbits.models import get_weight, set_weight
+from evenbits.models import get_weight, load_config, set_weight
 from evenbits.opened import Opened, adapter_tensors
 from evenbits.shapes import ARCHITECTURES, Architecture, read_config, read_inventory
 from evenbits.tunable import TunableLinear
@@ -27,10 +27,7 @@ class WholeReader:
 
     @property
     def config(self) -> Any:
-        from transformers import AutoConfig
-
-        folder, manifest = self._artifact.folder, self._artifact.manifest
-        return AutoConfig.from_pretrained(folder, trust_remote_code=manifest.trust_remote_code)
+        return load_config(self._artifact.folder, trust_remote_code=self._artifact.manifest.trust_remote_code)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return self._artifact.whole()

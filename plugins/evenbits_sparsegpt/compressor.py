@@ -7,7 +7,7 @@ GPTQ here, rather than once on the dense row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from evenbits.maths.bitpack import pack, unpack
 from evenbits.maths.hessian import dead_columns, inverse_factor, require_finite, revive
 from evenbits.maths.integer_layer import integer_linear
 from evenbits.maths.sweep import Sweep
-from evenbits.maths.uniform import Grid, dequantise, divisor_of, fit_group, group_of_column, quantise
+from evenbits.maths.uniform import Grid, OnGrid, divisor_of, fit_group, group_of_column, quantise
 from evenbits_sparsegpt.options import SparseGptOptions, kept_in_row, removed_of
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -82,16 +82,32 @@ class SparseGptCompressor(LayerCompressor):
         if options.bits is None:
             values = tensors["values"].float()
             return torch.zeros(mask.shape, device=values.device).masked_scatter(mask, values)
+        return self._grid(packed, layer, mask).decode().masked_fill(~mask, 0.0)
+
+    def on_grid(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> OnGrid | Refusal:
+        """The codes and grids that are stored, with the code of zero for what was removed; refused without bits."""
+        if self.options.bits is None:
+            return Refusal(f"kept weights are stored as {self.options.value_dtype}, not as codes")
+        mask = self._restore_mask(packed, layer)
+        found = self._grid(packed, layer, mask)
+        zero = found.grid.zero[:, found.group].to(torch.uint8)
+        return replace(found, codes=torch.where(mask, found.codes, zero))
+
+    def _grid(self, packed: PackedLayer, layer: LayerShape, mask: Tensor) -> OnGrid:
+        """Codes of what is kept, zeros elsewhere."""
+        options, tensors = self.options, packed.tensors
+        assert options.bits is not None
         scale = tensors["scale"]
         codes = torch.zeros(mask.shape, dtype=torch.uint8, device=scale.device)
         codes[mask] = unpack(tensors["codes"], options.bits, int(mask.sum())).to(torch.uint8)
-        groups = group_count(layer.in_features, options.group_size)
+        columns, size = layer.in_features, options.group_size
         if options.symmetric:
             zero = torch.full(scale.shape, 2 ** (options.bits - 1), dtype=torch.int16, device=scale.device)
         else:
-            zero = unpack(tensors["zero"], options.bits, layer.out_features * groups).view(scale.shape).to(torch.int16)
-        group = group_of_column(layer.in_features, options.group_size, scale.device)
-        return dequantise(codes, scale, zero, group).masked_fill(~mask, 0.0)
+            zero = unpack(tensors["zero"], options.bits, scale.numel()).view(scale.shape).to(torch.int16)
+        run = columns if size is None else min(size, columns)
+        group = group_of_column(columns, size, scale.device)
+        return OnGrid(codes, Grid(scale, zero, options.bits), group, run, neighbours=True)
 
     def _restore_mask(self, packed: PackedLayer, layer: LayerShape) -> Tensor:
         """bool (out, in): which weights are kept."""

@@ -202,7 +202,7 @@ def measure_model(folder: Path, case: Case) -> dict[str, Any]:
 
     import evenbits
     import evenbits.kernels.cpu_codebook
-    import evenbits.testing
+    import evenbits.testing.stored
     from evenbits.packed import kernels_of
     from evenbits.plugins import load_plugins
 

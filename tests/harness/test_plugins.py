@@ -207,6 +207,28 @@ def test_the_plugins_command(evenbits: Any, trouble_path: Path, tmp_path: Path) 
     assert "  trouble " not in text
 
 
+def test_what_nothing_else_would_say(evenbits: Any, tmp_path: Path) -> None:
+    """An entry point in a group of nearly the right name, and a plugin that imports torch to be listed."""
+    site = tmp_path / "site"
+    for name, group in {"astray": "evenbit", "slow": "evenbits", "other": "console_scripts"}.items():
+        info = site / f"{name}-0.1.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{name} = faulty_{name}\n")
+        (site / f"faulty_{name}.py").write_text(METHOD.format(name=name) + "import torch\n" * (name == "slow"))
+    (site / "torch.py").touch()  # the real one would do as well, in seconds
+    evenbits.path = (site,)
+    evenbits.environment = {"EVENBITS_DISABLE": "mlflow"}
+    shown = evenbits("plugins").stdout
+    assert "ok slow (slow 0.1): provide_compressors" in shown
+    problems = [line.strip() for line in shown.partition("problems\n")[2].splitlines()]
+    assert problems == [
+        '"astray" of astray 0.1 is no plugin: its entry point stands in the group "evenbit"; did you mean "evenbits"?',
+        "plugin slow (slow 0.1) imports torch when it is listed, so every command starts slowly: import it inside "
+        "`make`",
+    ]
+
+
 def test_every_hook_is_described() -> None:
     assert {"provide_compressors", "load_model", "on_record", "extend_cli"} <= set(HOOKS)
     assert all(describe(name).strip() for name in HOOKS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from evenbits.compressor import LayerCompressor, LayerShape, PackedLayer, Refusal, Role, Shared
 from evenbits.integer import IntegerOptions, group_count, index_width
 from evenbits.maths.bitpack import pack, unpack
-from evenbits.maths.uniform import Grid, dequantise, group_of_column
+from evenbits.maths.uniform import Grid, OnGrid, group_of_column
 
 
 class IntegerLayerCompressor(LayerCompressor):
@@ -40,19 +40,26 @@ class IntegerLayerCompressor(LayerCompressor):
         return PackedLayer(tensors, roles, meta or {})
 
     def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        return self.on_grid(packed, layer, shared).decode()
+
+    def on_grid(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> OnGrid:
+        """The codes and grids that are stored, unpacked."""
         tensors, bits = packed.tensors, self.options.bits
-        groups = group_count(layer.in_features, self.options.group_size)
+        columns, size = layer.in_features, self.options.group_size
+        groups = group_count(columns, size)
         scale = tensors["scale"]
-        codes = unpack(tensors["codes"], bits, layer.weights, torch.uint8).view(layer.out_features, layer.in_features)
+        codes = unpack(tensors["codes"], bits, layer.weights, torch.uint8).view(layer.out_features, columns)
         if self.options.symmetric:
             zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int64, device=scale.device)
         else:
             zero = unpack(tensors["zero"], bits, layer.out_features * groups).view(layer.out_features, groups)
-        if self.options.has_group_index(layer):
-            group = unpack(tensors["group_index"], index_width(groups), layer.in_features)
+        neighbours = not self.options.has_group_index(layer)
+        if neighbours:
+            group = group_of_column(columns, size, scale.device)
         else:
-            group = group_of_column(layer.in_features, self.options.group_size, scale.device)
-        return dequantise(codes, scale, zero, group)
+            group = unpack(tensors["group_index"], index_width(groups), columns)
+        run = columns if size is None else min(size, columns)
+        return OnGrid(codes, Grid(scale, zero, bits), group, run, neighbours)
 
     def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
         return {"scale": packed.tensors["scale"]}

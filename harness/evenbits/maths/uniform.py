@@ -29,6 +29,25 @@ class Grid:
     bits: int
 
 
+@dataclass(frozen=True, slots=True)
+class OnGrid:
+    """A whole weight as codes on grids: (codes - zero) * scale, for formats of other libraries to hold unchanged.
+
+    codes: (out, in) uint8; group: (in,) int64, the group of each column; group_size: columns of each group but the
+    last; neighbours: whether groups are runs of neighbouring columns.
+    """
+
+    codes: Tensor
+    grid: Grid
+    group: Tensor
+    group_size: int
+    neighbours: bool
+
+    def decode(self) -> Tensor:
+        """(out, in) float32."""
+        return dequantise(self.codes, self.grid.scale, self.grid.zero, self.group)
+
+
 def group_slices(columns: int, group_size: int | None) -> Iterator[tuple[int, int]]:
     """(start, stop) of each group of columns; the last may be short."""
     size = columns if group_size is None else min(group_size, columns)

@@ -1,0 +1,1 @@
+"""One module a library: its options, what they cost, and its descriptor. Imports no torch."""

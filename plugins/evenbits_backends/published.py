@@ -1,0 +1,89 @@
+"""A published checkpoint as a compressor: it only opens what is there, and checks it against the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from evenbits.compressor import Fold, LayerShape, PackedLayer, Shared
+from evenbits.driver import unfolded
+from evenbits.errors import TrialFailed
+from evenbits.foreign import Bench, CheckpointCompressor
+from evenbits.maths.hessian import relative_error
+from evenbits.models import read_tensor
+from evenbits_backends.located import content_of, snapshot
+from evenbits_backends.opened import StoredCheckpoint, decode
+from evenbits_backends.trust import Claim, rescaled
+
+if TYPE_CHECKING:
+    from evenbits_backends.libraries.checkpoint import CheckpointOptions
+
+# Gaussians that have nothing to do with each other have an error of 2, a weight rounded to zeros one of 1
+UNRELATED = 1.0
+RESCALING = ("awq", "compressed_tensors")  # layouts of methods that may move scales into the norms
+
+
+class Published(CheckpointCompressor):
+    def __init__(self, options: CheckpointOptions) -> None:
+        self.options = options
+
+    def open(self, bench: Bench) -> PublishedCheckpoint:
+        """Raises TrialFailed where it is not what the trial was planned with, or is not of the base model."""
+        return PublishedCheckpoint(self._folder(), bench.model, bench.dtype)
+
+    def _folder(self) -> Path:
+        options = self.options
+        if options.path is None:
+            folder = snapshot(str(options.id), str(options.revision), download=True)
+            assert folder is not None
+            return folder
+        path = Path(options.path)
+        if content_of(path) != options.content:
+            raise TrialFailed(f"{path}: its files have changed since the run was planned; run again")
+        return path
+
+    def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+        return decode(packed, layer, shared)
+
+
+class PublishedCheckpoint(StoredCheckpoint):
+    """Nobody ran its library here, and what it was tuned with is not known: a layer is taken unless its weight has
+    nothing to do with the base model's."""
+
+    def __init__(self, folder: Path, base: Path, dtype: str) -> None:
+        super().__init__(folder, base, dtype, Claim("the checkpoint", calibrated=True))
+        self.verify()
+        self.versions = made_with(self.folder.quantization)
+        self._rescales = self.layout.name in RESCALING and self._norms_changed()
+
+    def check(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
+        fold = rescaled(weight, restored) if self._rescales else None
+        error = relative_error(weight, restored if fold is None else unfolded(restored, fold))
+        if not error <= UNRELATED:
+            raise TrialFailed(
+                f"{shape.name}: its relative squared error to the base model's weight is {error:.3g}, where a weight "
+                f"of zeros has {UNRELATED:g}: another model's checkpoint, or one that is decoded wrongly"
+            )
+        return fold
+
+    def _norms_changed(self) -> bool:
+        norms = [s for s in self._inventory.rest if len(s.shape) == 1 and s.name.endswith("norm.weight")]
+        tensors = ((read_tensor(stored), self.folder.tensor(stored.name)) for stored in norms)
+        return any(relative_error(ours.float()[None], theirs.float()[None]) > 1e-4 for ours, theirs in tensors)
+
+
+def made_with(quantization: Mapping[str, Any]) -> dict[str, str]:
+    """The library that a quantization_config names with its version, where it names one."""
+    named = dict(quantization.get("meta") or {}).get("quantizer")
+    for text in named if isinstance(named, list) else [named]:
+        if isinstance(text, str) and ":" in text:  # "gptqmodel:7.6.0"
+            library, _, release = text.partition(":")
+            return {library: release}
+    if quantization.get("quant_method") == "compressed-tensors" and isinstance(quantization.get("version"), str):
+        return {"compressed-tensors": quantization["version"]}
+    if isinstance(version := quantization.get("autoround_version"), str):
+        return {"auto-round": version}
+    return {}

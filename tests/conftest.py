@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-collect_ignore = ["tutorial"]  # a project of its own: test_tutorial.py installs it and runs its tests
+collect_ignore = ["tutorial"]  # a project of its own: test_own_plugins.py installs it and runs its tests
 
 
 @pytest.fixture(scope="session")

@@ -380,17 +380,21 @@ def check(root: Path = ROOT) -> tuple[list[str], list[str]]:
 
 
 def write(suite: Path, results: Path, out: Path, commit: str | None, *, page: bool, unfinished: bool) -> list[str]:
-    """The report's folder, and unless `page` rows.json and the README's section. Returns what is worth telling."""
+    """The report's folder, and unless `page` rows.json and the README's section. Returns what is worth telling.
+
+    A page may have failed trials, shown with their reasons: that a library is caught computing wrong is a result.
+    """
     path = ROOT / suite
     suite = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     store, name = Results(results), suite_name(path)
     records, folders = store.records(name)
     failed = [record for record in records if record.status == "failed"]
     missing = len(store.planned(name)) - len(records)
-    if (failed or missing) and not unfinished:
+    if (missing or (failed and not page)) and not unfinished:
         run = store.run_folder(name)
         raise SystemExit(f"{run}: {len(failed)} trials failed, {missing} have no record; run the suite again")
-    records = [record for record in records if record not in failed]
+    if not page:
+        records = [record for record in records if record not in failed]
     commits = [commit] if commit is not None else commits_of(records)
     if not all(commits):
         raise SystemExit("the records do not say at which commit they were measured; give it by --commit")

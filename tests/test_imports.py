@@ -33,6 +33,7 @@ ORDER = (
     ("plugins", "ledger"),
     ("commands_new",),
     ("environment_files",),
+    ("installed",),
     ("installing",),
     ("environments",),
     ("suite_spec",),

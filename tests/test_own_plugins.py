@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from evenbits.commands_new import Kind, check_name, project_files, write_project
+from evenbits.commands_new import Kind, _typed, check_name, project_files, write_project
 from evenbits.errors import PluginError
 from evenbits.plugins import load_plugins
 from evenbits.store import Results
@@ -167,6 +168,12 @@ def test_new_says_what_to_type_next(author: Author, tmp_path: Path) -> None:
     assert check.endswith("evenbits check halves")
     assert run.endswith(f"evenbits run {tmp_path}/evenbits_halves/suite.toml")
     assert (tmp_path / "evenbits_halves" / "tests" / "test_halves.py").is_file()
+
+
+def test_what_to_type_survives_a_shell(tmp_path: Path) -> None:
+    for name in ("plain", "two words", "a$b", "it's", "`x`"):
+        assert shlex.split(_typed(Path(name))) == [f"./{name}"]
+        assert shlex.split(_typed(tmp_path / name)) == [f"{tmp_path}/{name}"]
 
 
 @pytest.mark.parametrize(("name", "kind", "said"), [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -108,9 +109,10 @@ def run_checks(request: dict[str, Any]) -> Iterator[tuple[str, str, str, str, fl
 
     done, listed = 0, None
     while listed is None or done < len(listed):
-        with tempfile.TemporaryFile() as said:
+        # what a child that was ended by force cannot take away goes with the folder
+        with tempfile.TemporaryFile() as said, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
             begun: int | None = None
-            with _start({**request, "done": done}, said) as child:
+            with _start({**request, "done": done}, said, scratch) as child:
                 assert child.stdout is not None
                 try:
                     for line in child.stdout:
@@ -135,10 +137,13 @@ def run_checks(request: dict[str, Any]) -> Iterator[tuple[str, str, str, str, fl
                 raise SuiteError(f"{request['name']}: the checks did not begin: {_how_it_ended(code, said)}")
 
 
-def _start(request: dict[str, Any], said: IO[bytes]) -> subprocess.Popen[str]:
+def _start(request: dict[str, Any], said: IO[bytes], scratch: str) -> subprocess.Popen[str]:
     # -P: a folder named like a module, where the user happens to be, is not imported instead of it
     command = [sys.executable, "-P", "-m", "evenbits.testing.child", json.dumps(request)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, text=True,
+        env={**os.environ, "TMPDIR": scratch},
+    )  # fmt: skip
 
 
 def _how_it_ended(code: int, said: IO[bytes]) -> str:

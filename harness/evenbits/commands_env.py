@@ -95,7 +95,9 @@ def create(
             typer.echo(f"made already: {one.name} in {there.folder}")
             continue
         try:
-            made = make(one, tool=None if tool is None else tool.value, cuda_torch=cuda_torch, say=typer.echo)
+            made = make(
+                one, tool=None if tool is None else tool.value, cuda_torch=cuda_torch, again=True, say=typer.echo
+            )
         except TrialFailed as error:
             failed += 1
             typer.echo(f"failed: {error}", err=True)

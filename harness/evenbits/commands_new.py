@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -145,4 +146,4 @@ def _typed(path: Path, *, dot: bool = True) -> str:
     text = path.as_posix()
     if dot and not path.is_absolute() and not text.startswith("."):
         text = f"./{text}"
-    return f'"{text}"' if any(letter in text for letter in " '$&()") else text
+    return shlex.quote(text)

@@ -150,19 +150,24 @@ class Driver:
     def _foreign(self, compressor: CheckpointCompressor) -> None:
         """What another program stored, layer by layer as its files have it; each checked before it is taken."""
         work = self.work
+        # a later recovery stage may have drawn tokens: no part of what this artifact is known by
+        tokens = None if work.needs.statistics == "none" else work.tokens
         bench = Bench(
-            work.model_folder, self.shapes, work.dtype, str(work.device), work.seed, work.budget, work.tokens,
+            work.model_folder, self.shapes, work.dtype, str(work.device), work.seed, work.budget, tokens,
             self.writer.scratch(), work.launch,
         )  # fmt: skip
         checkpoint = compressor.open(bench)
         self._share(checkpoint.shared)
         self.stored.made_with = dict(checkpoint.versions)
+        moments = None if tokens is None else self.blocks.moments()
         for index, layers in self.blocks:
             for shape, tensor in layers:
                 weight, packed = self.blocks.weight(tensor), checkpoint.layer(shape)
+                moment = None if moments is None else moments.get(shape.name).to(work.device)
                 with _named(shape.name):
-                    fold = checkpoint.check(shape, weight, restore_layer(compressor, packed, shape, self.shared))
-                self._store(compressor, weight, Layer(shape), packed, fold)
+                    restored = restore_layer(compressor, packed, shape, self.shared)
+                    fold = checkpoint.check(shape, weight, restored, moment)
+                self._store(compressor, weight, Layer(shape, moment), packed, fold)
             self._flush(index)
         self.changed = dict(checkpoint.rest())
 

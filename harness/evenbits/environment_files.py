@@ -5,11 +5,12 @@ reads it, whose comments say the rest:
 
     # summary: GPTQModel 7.6.0 on torch 2.13
     # python: >=3.11,<3.14
-    # imports: gptqmodel            modules that must import there
-    # device: cuda                  only where it can do nothing without
-    # set: NAME=VALUE               a variable for what runs there; may be repeated
+    # imports: gptqmodel
+    # device: cuda
+    # set: NAME=VALUE
 
-Read by path: nothing of the plugin is imported.
+imports: modules that must import there. device: only where it can do nothing without. set: a variable for what runs
+there; may be repeated. Read by path: nothing of the plugin is imported.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from evenbits.provenance import package_folder
 FOLDER = "environments"
 DIGITS = 12  # of the digest, in folders' names
 HEADER = re.compile(r"#\s*(summary|python|imports|device|set)\s*:\s*(.*)")
+ELSEWHERE = ("--requirement", "--constraint", "--editable")  # of pip's options: another file says what is installed
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 
@@ -74,7 +76,11 @@ def read_environment(file: Path, package: str) -> Environment:
     """Raises PluginError with the line that is no header, no option of pip and no exact pin."""
     headers: dict[str, list[str]] = {}
     requirements: list[str] = []
-    for number, raw in enumerate(file.read_text().splitlines(), 1):
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise PluginError(f"{file}: cannot be read ({error})") from None
+    for number, raw in enumerate(text.splitlines(), 1):
         line = raw.strip()
         if header := HEADER.fullmatch(line):
             headers.setdefault(header[1], []).append(header[2].strip())
@@ -109,6 +115,8 @@ def read_environment(file: Path, package: str) -> Environment:
 def _problem(line: str) -> str | None:
     """Why a line is not exactly one version."""
     if line.startswith("-"):
+        if line.startswith(ELSEWHERE):
+            return f"{line!r}: what it names is neither pinned nor in the digest; list its requirements here"
         return None if line.startswith("--") else f"{line!r}: only pip's long options, such as --find-links"
     try:
         requirement = Requirement(line)

@@ -2,6 +2,7 @@
 
     ROOT/PACKAGE/NAME-DIGEST/              a virtual environment; with complete.json in it, it is whole
     ROOT/PACKAGE/NAME-DIGEST.log           what the installer said
+    ROOT/PACKAGE/NAME-DIGEST.failed.json   why it could not be made: no other trial waits for the same for some minutes
     ROOT/PACKAGE/.NAME-DIGEST.lock         held alone while it is made or removed, shared while something runs in it
     ROOT/wheels/                           torch for the CPU
 
@@ -16,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,30 +26,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from packaging.markers import Marker
-from packaging.requirements import Requirement
-
 from evenbits.environment_files import DIGITS, Environment
 from evenbits.errors import EvenbitsError, SuiteError, TrialFailed
 from evenbits.files import write_atomically
+from evenbits.installed import interpreter, look, off_pins
 from evenbits.installing import Installer
 
 MARKER = "complete.json"
+RETRY_SECONDS = 600.0  # after a failure; an installer without a network takes minutes to give up, for every trial
 MADE = re.compile(rf"(?P<name>.+)-(?P<digest>[0-9a-f]{{{DIGITS}}})")
 Say = Callable[[str], None]
-# run in the environment's own interpreter: what is installed, and what of sys.argv does not import; in this order, for
-# setuptools puts what it carries with it on the path
-LOOK = """
-import importlib, importlib.metadata as m, json, platform, re, sys
-found = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version for d in m.distributions()}
-failed = {}
-for name in sys.argv[1:]:
-    try:
-        importlib.import_module(name)
-    except BaseException as error:
-        failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-print("\\n" + json.dumps({"python": platform.python_version(), "versions": found, "failed": failed}))
-"""
 
 
 @dataclass(frozen=True)
@@ -95,10 +81,6 @@ def folder_of(environment: Environment) -> Path:
     return root() / environment.package / f"{environment.name}-{environment.digest}"
 
 
-def interpreter(folder: Path) -> Path:
-    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
 def find(environment: Environment) -> Made | None:
     """What is made and whole."""
     return _read(folder_of(environment))
@@ -138,11 +120,13 @@ def make(
     *,
     tool: Literal["uv", "pip"] | None = None,
     cuda_torch: bool = False,
+    again: bool = False,
     say: Say = lambda line: None,
 ) -> Made:
-    """Find it, or make it; who comes while another makes it waits and takes that one.
+    """Find it, or make it; who comes while another makes it waits and takes that one, or its failure.
 
     tool: None takes uv where there is one. cuda_torch: torch as the package index has it, also where no GPU is.
+    again: also where that failed less than RETRY_SECONDS ago.
     Raises TrialFailed with the reason in one line; nothing half-made is left.
     """
     if made := find(environment):
@@ -152,6 +136,8 @@ def make(
         with locked(folder):
             if made := find(environment):
                 return made
+            if not again:
+                _raise_failure(environment, folder)
             return _make(environment, folder, tool, cuda_torch, say)
     except OSError as error:
         raise TrialFailed(f"environment {environment.name!r}: {folder}: {error.strerror or error}") from None
@@ -165,7 +151,7 @@ def _make(environment: Environment, folder: Path, tool: str | None, cuda_torch: 
     try:
         installer.install(say)
         found = look(folder)
-        if wrong := _off_pins(environment, found):
+        if wrong := off_pins(environment, found):
             raise TrialFailed(f"environment {environment.name!r}: {wrong[0]}; log: {installer.log}")
         facts = {
             "name": environment.name,
@@ -179,10 +165,32 @@ def _make(environment: Environment, folder: Path, tool: str | None, cuda_torch: 
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_atomically(folder / MARKER, (json.dumps(facts, indent=1) + "\n").encode())
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, TrialFailed):
+            told = {"reason": str(error), "at": time.time()}
+            write_atomically(_failure_of(folder), (json.dumps(told) + "\n").encode())
         raise
+    _failure_of(folder).unlink(missing_ok=True)
     return Made(folder, facts)
+
+
+def _failure_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.failed.json")
+
+
+def _raise_failure(environment: Environment, folder: Path) -> None:
+    """TrialFailed with the reason that an attempt of the last minutes left."""
+    try:
+        told = json.loads(_failure_of(folder).read_text())
+        reason, age = str(told["reason"]), time.time() - float(told["at"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if 0 <= age < RETRY_SECONDS:
+        raise TrialFailed(
+            f"{reason} (that was {age:.0f} s ago, and is tried again after {RETRY_SECONDS:.0f} s; "
+            f"`evenbits env create {environment.name}` tries now)"
+        )
 
 
 def _size(folder: Path) -> int:
@@ -191,53 +199,6 @@ def _size(folder: Path) -> int:
 
 
 # -- looking -------------------------------------------------------------------------------------------------
-
-
-def look(folder: Path, imports: Sequence[str] = ()) -> dict[str, Any]:
-    """What its own interpreter says: python, versions by canonical name, failed: why which import does not work."""
-    env = clean_variables()
-    command = [str(interpreter(folder)), "-c", LOOK, *imports]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=env, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
-        )
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    except OSError as error:
-        raise TrialFailed(f"{command[0]} does not run: {error.strerror}; remove the environment") from None
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise TrialFailed(f"{command[0]} does not run: {last}; remove the environment") from None
-    return found
-
-
-def clean_variables() -> dict[str, str]:
-    """Those of this process, without what would lead another interpreter to this one's packages."""
-    leading = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "PYTHONUSERBASE", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
-    kept = {name: value for name, value in os.environ.items() if name not in leading}
-    return {**kept, "PYTHONNOUSERSITE": "1"}
-
-
-def _off_pins(environment: Environment, found: dict[str, Any]) -> list[str]:
-    """What is not installed as pinned. A pin says nothing of a local version, such as +cpu, unless it names one."""
-    wrong = []
-    for name, pin in environment.pins().items():
-        if not _asked(pin.marker, found["python"]):
-            continue
-        installed = found["versions"].get(name)
-        if installed is None:
-            wrong.append(f"{name} is not installed, {_pinned(pin)} is asked for")
-        elif not pin.specifier.contains(installed, prereleases=True):
-            wrong.append(f"{name} is {installed}, {_pinned(pin)} is asked for")
-    return wrong
-
-
-def _asked(marker: Marker | None, python: str) -> bool:
-    versions = {"python_full_version": python, "python_version": ".".join(python.split(".")[:2])}
-    return marker is None or marker.evaluate(versions)
-
-
-def _pinned(pin: Requirement) -> str:
-    return str(pin.specifier) if pin.specifier else str(pin.url)
 
 
 def check(environment: Environment) -> list[str]:
@@ -249,7 +210,7 @@ def check(environment: Environment) -> list[str]:
         found = look(made.folder, environment.imports)
     except EvenbitsError as error:
         return [str(error)]
-    wrong = _off_pins(environment, found)
+    wrong = off_pins(environment, found)
     was, now = made.facts.get("versions", {}), found["versions"]
     named = environment.pins()
     wrong += [
@@ -310,6 +271,7 @@ def remove(package: str, name: str) -> list[Path]:
             (folder / MARKER).unlink(missing_ok=True)  # first: what is left of it is not taken for whole
             shutil.rmtree(folder)
             folder.with_name(f"{folder.name}.log").unlink(missing_ok=True)
+            _failure_of(folder).unlink(missing_ok=True)
     if not any(root().glob(f"*/*/{MARKER}")):
         shutil.rmtree(root() / "wheels", ignore_errors=True)
     return gone

@@ -26,7 +26,8 @@ class ExportFolder:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise SuiteError(f"{folder}: there is something already; give --out a folder that is not there or empty")
         self.folder = folder
-        self.path = folder.parent / f".exporting-{folder.name}-{os.getpid()}"
+        self._place = folder.absolute()  # "." has no name
+        self.path = self._place.parent / f".exporting-{self._place.name}-{os.getpid()}"
         self._limit = shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
@@ -34,7 +35,10 @@ class ExportFolder:
 
     def __enter__(self) -> ExportFolder:
         shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise SuiteError(f"{self.folder}: cannot be made ({error.strerror}); give --out another place") from None
         return self
 
     def __exit__(
@@ -75,6 +79,6 @@ class ExportFolder:
             self.write_json(
                 "model.safetensors.index.json", {"metadata": {"total_size": self._payload}, "weight_map": where}
             )
-        if self.folder.is_dir():
-            self.folder.rmdir()  # empty
-        self.path.rename(self.folder)
+        if self._place.is_dir():
+            self._place.rmdir()  # empty
+        self.path.rename(self._place)

@@ -46,7 +46,7 @@ class Bench:
 
         request.json: model, dtype, device, seed, layers (names of the linear layers), options.
         tensors.safetensors: "tokens" (samples, length) int64 where there is calibration, and what `tensors` adds.
-        Raises TrialFailed where the worker does not end well, or leaves no output.
+        Raises TrialFailed where the worker does not end well, leaves no output, or facts that do not read.
         """
         from safetensors.torch import save_file
 
@@ -69,7 +69,13 @@ class Bench:
         result = folder / RESULT
         if not result.is_file() or not any((folder / OUTPUT).iterdir()):
             raise TrialFailed(f"{worker.name}: ended without a checkpoint in {OUTPUT}/ or without {RESULT}")
-        return Produced(folder / OUTPUT, json.loads(result.read_text()))
+        try:
+            facts = json.loads(result.read_text())
+        except ValueError as error:
+            raise TrialFailed(f"{worker.name}: its {RESULT} is no JSON ({error})") from None
+        if not isinstance(facts, dict) or not isinstance(facts.get("versions", {}), dict):
+            raise TrialFailed(f'{worker.name}: its {RESULT} is no object with "versions" by distribution')
+        return Produced(folder / OUTPUT, facts)
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,12 @@ class Checkpoint(Protocol):
         """The tensors of one layer, as the file has them. Raises TrialFailed where it is not there."""
         ...
 
-    def check(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
+    def check(self, shape: LayerShape, weight: Tensor, restored: Tensor, moment: Tensor | None) -> Fold | None:
         """Whether what is stored can be trusted: against the library's own forward, and against the dense weight.
 
-        weight, restored: (out, in) float32. Returns how the stored weight was rescaled, if it was, so that its error
-        is that of the weight it stands for. Raises TrialFailed with the layer and the two numbers where it cannot.
+        weight, restored: (out, in) float32. moment: (in, in), of the dense layer's inputs, where there is calibration.
+        Returns how the stored weight was rescaled, if it was, so that its error is that of the weight it stands for.
+        Raises TrialFailed with the layer and the numbers where it cannot.
         """
         ...
 

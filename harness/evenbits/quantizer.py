@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -97,7 +98,8 @@ class EvenbitsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Open the artifact, and take the linear layers out of what transformers fills or draws at random.
 
-        Raises ArtifactError for a damaged artifact, SuiteError where the method's plugin is missing.
+        Raises ArtifactError for a damaged artifact, or one with code of its own that is not allowed to run; SuiteError
+        where the method's plugin is missing, or another class than the language model is asked for.
         """
         from evenbits.compressor import LayerCompressor
         from evenbits.packed import stand_in
@@ -112,12 +114,15 @@ class EvenbitsQuantizer(HfQuantizer):  # type: ignore[misc]
         if manifest.method not in {"dense", *registry.compressors}:
             known = f" ({manifest.distribution})" if manifest.distribution else ""
             raise SuiteError(f"{folder}: install the plugin of method {manifest.method!r}{known}, which restores it")
-        # transformers has asked about code of the model's own by now
-        self._artifact, self._compressor = open_artifact(folder, registry, trust_remote_code=True)
+        # a folder can bring code beside a model type that transformers knows: it made the model without that code then,
+        # and has asked nobody
+        allowed = type(model).__module__.split(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+        self._artifact, self._compressor = open_artifact(folder, registry, trust_remote_code=allowed)
         del model.config.transformers_weights
         with torch.device("cpu"):
             if isinstance(self._compressor, LayerCompressor):
                 for layer in self._artifact.layers:
+                    _require_causal(model, _has(model, layer.name))
                     self._layers[layer.name] = model.get_submodule(layer.name), stand_in(model, layer.name)
                     _nothing_to_draw(model, layer.name)
             else:
@@ -130,6 +135,7 @@ class EvenbitsQuantizer(HfQuantizer):  # type: ignore[misc]
 
         assert self._artifact is not None
         restored = restore_whole(self._artifact, self._compressor)
+        _require_causal(model, dict(model.named_children()).keys() == dict(restored.named_children()).keys())
         self._whole = _tensors(restored)  # transformers empties buffers that no checkpoint holds
         for name, child in restored.named_children():
             setattr(model, name, child)
@@ -194,6 +200,21 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, tied ones under each of their names."""
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _require_causal(model: nn.Module, fits: bool) -> None:
+    if not fits:
+        raise SuiteError(
+            f"{type(model).__name__} has other modules than the artifact's model: AutoModelForCausalLM opens it"
+        )
 
 
 def _nothing_to_draw(model: nn.Module, layer: str) -> None:

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 from evenbits.environment_files import Environment
-from evenbits.environments import Made, clean_variables, locked
+from evenbits.environments import Made, locked
 from evenbits.errors import TrialFailed
 from evenbits.foreign import ERROR
+from evenbits.installed import clean_variables
 from evenbits.installing import tethered
 
 LOOK_SECONDS = 0.1  # between two looks at what it wrote and how much memory it has

@@ -17,7 +17,7 @@ from evenbits.models import read_tensor, torch_dtype
 from evenbits.shapes import Inventory, StoredTensor, read_config, read_inventory
 from evenbits_backends.layout import layout, recognise
 from evenbits_backends.reading import FLOATS, CheckpointFolder
-from evenbits_backends.trust import Claim, check_forward, check_weight, rescaled
+from evenbits_backends.trust import Claim, check_dense, check_forward, check_weight, rescaled
 
 HEAD = "lm_head.weight"
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -76,18 +76,23 @@ class StoredCheckpoint:
         if roles is None:
             weight = self.folder.tensor(f"{shape.name}.weight")
             return dense_layer(weight.T if self._inventory.architecture.transposed else weight, self._dtype)
-        return PackedLayer({name: self.folder.tensor(f"{shape.name}.{name}") for name in roles}, roles)
+        stored = self.folder.with_spare_bias(shape, roles)
+        return PackedLayer({name: self.folder.tensor(f"{shape.name}.{name}") for name in stored}, stored)
 
-    def check(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
+    def check(self, shape: LayerShape, weight: Tensor, restored: Tensor, moment: Tensor | None = None) -> Fold | None:
         if shape.name in self._outputs:
             # what is stored stands for the weight only where nothing was rescaled: else its error would say nothing
             beside = None if self._claim.rescales else weight
             probe, outputs = self._probes[shape.in_features], self._outputs[shape.name]
             check_forward(shape, restored, probe, outputs, beside, self._claim.library)
-        if self._roles_of(shape) is None:
-            return self._fold_of_dense(weight, restored)
+        dense = self._roles_of(shape) is None
+        if dense and torch.equal(weight.to(self._dtype), restored.to(self._dtype)):
+            return None
         fold = rescaled(weight, restored) if self._claim.rescales else None
-        check_weight(shape, weight, restored, fold, self.layout.grid(shape, self.facts), self._claim)
+        if dense:
+            check_dense(shape, weight, restored, fold, self._claim)
+            return fold
+        check_weight(shape, weight, restored, fold, self.layout.grid(shape, self.facts), self._claim, moment)
         return fold
 
     def rest(self) -> Mapping[str, Tensor]:
@@ -110,12 +115,6 @@ class StoredCheckpoint:
         """The tensors that a layer is stored in; None for one that was left dense."""
         roles = self.layout.roles(shape, self.facts)
         return roles if self.folder.packed(shape, roles) else None
-
-    def _fold_of_dense(self, weight: Tensor, restored: Tensor) -> Fold | None:
-        """A dense layer is the base model's unless it was rescaled with its neighbours."""
-        if torch.equal(weight.to(self._dtype), restored.to(self._dtype)) or not self._claim.rescales:
-            return None
-        return rescaled(weight, restored)
 
     def _is_dense(self, stored: StoredTensor) -> bool:
         entry = self.folder.entries.get(stored.name)
@@ -156,7 +155,7 @@ class StoredCheckpoint:
             if name.endswith(BUFFERS):
                 continue
             if name.endswith(".bias") and not self.folder.tensor(name).count_nonzero():
-                continue  # AutoGPTQ gives every layer a bias, of zeros where there is none
+                continue  # AutoGPTQ gives every layer a bias, of zeros where there is none; billed with its layer
             if name == HEAD and self._tied and self._is_embedding(self.folder.tensor(name)):
                 continue
             tied = "; the base model's head is its embedding" if name.startswith("lm_head.") and self._tied else ""

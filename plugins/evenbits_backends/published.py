@@ -59,7 +59,7 @@ class PublishedCheckpoint(StoredCheckpoint):
         self.versions = made_with(self.folder.quantization)
         self._rescales = self.layout.name in RESCALING and self._norms_changed()
 
-    def check(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
+    def check(self, shape: LayerShape, weight: Tensor, restored: Tensor, moment: Tensor | None = None) -> Fold | None:
         fold = rescaled(weight, restored) if self._rescales else None
         error = relative_error(weight, restored if fold is None else unfolded(restored, fold))
         if not error <= UNRELATED:

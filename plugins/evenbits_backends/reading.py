@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evenbits.compressor import LayerShape
+from evenbits.compressor import LayerShape, Role
 from evenbits.errors import SuiteError, TrialFailed
 from evenbits.shapes import read_header
 
@@ -53,6 +53,11 @@ class CheckpointHeaders:
             beside = f"; it has {', '.join(sorted(there))}" if there else ", and no dense weight of the layer"
             raise TrialFailed(f"{self.named}: no tensor {f'{shape.name}.{missing[0]}'!r}{beside}")
         return True
+
+    def with_spare_bias(self, shape: LayerShape, roles: Mapping[str, Role]) -> dict[str, Role]:
+        """`roles`, and the file's bias where the base model has none: of zeros, and its bytes count all the same."""
+        spare = not shape.bias and f"{shape.name}.bias" in self.entries
+        return {**roles, "bias": Role.META} if spare else dict(roles)
 
     def _is_dense(self, shape: LayerShape) -> bool:
         entry = self.entries.get(f"{shape.name}.weight")

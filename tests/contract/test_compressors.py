@@ -389,6 +389,21 @@ def test_one_failing_check_leaves_the_others() -> None:
     assert set(found.values()) == {"failed", "skipped"}  # the rest passed, and are not here
 
 
+class Tabled(Options):
+    table: dict[str, int] = Field(default={}, description="levels by name")
+
+
+def test_options_without_a_hash_are_fitted() -> None:
+    chosen = Tabled(table={"low": 1})
+    plain = descriptor(options=Tabled, fit=lambda b, s, f: fit_byte(b, s, f) and chosen)
+    checks = {check.name: check for check in CompressorContract(plain).checks()}
+    checks["fitted"].run()
+    wrong = replace(plain, predict=lambda o, s: (predict_less if o == chosen else predict_byte)(o, s))
+    (fitted,) = (check for check in CompressorContract(wrong).checks() if check.name == "fitted")
+    with pytest.raises(AssertionError, match="predict says"):
+        fitted.run()
+
+
 class Elsewhere(CheckpointCompressor):
     pass
 

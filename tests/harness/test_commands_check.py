@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evenbits.commands_check import parsed, run_checks
 from evenbits.errors import SuiteError
+from evenbits.testing import checks
 
 PLUGIN = """
 import os
+import tempfile
 from evenbits.compressor import Compressor, Estimate, LayerCompressor, Options, PackedLayer, Refusal, Role
 from evenbits.hookspecs import hookimpl
 
@@ -25,6 +28,7 @@ class Half(LayerCompressor):
     def tunable(self, packed, shared):
         raise SystemExit(4)
     def linear(self, packed, layer, shared, device):
+        tempfile.mkdtemp()
         os._exit(7)
 
 def predict(options, shapes):
@@ -49,8 +53,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_plugin_that_ends_its_process_is_a_failed_check(site: Path) -> None:
+def test_a_plugin_that_ends_its_process_is_a_failed_check(site: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(site), "EVENBITS_DISABLE": "mlflow", "COLUMNS": "200"}
+    env["TMPDIR"] = str(tmp_path)
     command = [sys.executable, "-m", "evenbits.cli", "check", "fatal", "--device", "cpu"]
     done = subprocess.run(command, env=env, cwd=site, capture_output=True, text=True)
     lines = {line.split()[1]: line for line in done.stdout.splitlines()}
@@ -65,6 +70,7 @@ def test_a_plugin_that_ends_its_process_is_a_failed_check(site: Path) -> None:
     assert lines["cuda"].startswith("skipped")
     assert lines["model"].startswith("passed")
     assert done.stdout.splitlines()[-1] == "fatal: 13 passed, 4 failed, 3 skipped"
+    assert not list(tmp_path.iterdir())
 
 
 def test_near_names_are_told() -> None:
@@ -77,10 +83,25 @@ def test_near_names_are_told() -> None:
             find_target(name, registry)
 
 
+REQUEST = {"options": {}, "exact": True, "model": None, "device": "cpu"}
+
+
 def test_options_that_are_missing_are_one_line() -> None:
-    request = {"name": "lm-eval", "options": {}, "exact": True, "model": None, "device": "cpu"}
     with pytest.raises(SuiteError, match=r"lm-eval: options: tasks: Field required; .* --options tasks=VALUE"):
-        list(run_checks(request))
+        list(run_checks({**REQUEST, "name": "lm-eval"}))
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"name": "rtn", "model": "reference"}, "rtn: a method is tried on a tiny model of its own: name no model"),
+    ({"name": "perplexity", "exact": False}, "perplexity: upper bounds and settings that `fit` chose are of methods"),
+    ({"name": "perplexity", "model": "nowhere"}, "nowhere"),
+])  # fmt: skip
+def test_what_would_mean_nothing_is_refused(changes: dict[str, Any], said: str) -> None:
+    request: dict[str, Any] = {**REQUEST, **changes}
+    model = None if request["model"] is None else Path(request["model"])
+    with pytest.raises(SuiteError, match=said) as caught:
+        checks(request["name"], exact=request["exact"], model=model)
+    assert "\n" not in str(caught.value)
 
 
 def test_options_on_the_command_line() -> None:

@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 
 from evenbits import environments, workers
 from evenbits.environment_files import Environment, environments_of, find_environment, read_environment
-from evenbits.environments import Made, check, find, folder_of, interpreter, listed, locked, make, remove
+from evenbits.environments import Made, check, find, folder_of, listed, locked, make, remove
 from evenbits.errors import PluginError, SuiteError, TrialFailed
 from evenbits.files import write_atomically
+from evenbits.installed import interpreter
 from evenbits.installing import Installer, find_uv, reason_in, tethered
 from evenbits.plan_text import print_plan
 from evenbits.plugins import load_plugins
@@ -167,6 +168,7 @@ def test_the_digest_is_of_what_decides_a_result(tmp_path: Path) -> None:
         ("one", "is not pinned"),
         ("one == ", "is no requirement"),
         ("-e .", "only pip's long options"),
+        ("--constraint more.txt", "neither pinned nor in the digest; list its requirements here"),
         ("# python: three", "no range of versions"),
         ("# device: tpu", "neither any nor cuda"),
         ("# set: NAME", "NAME=VALUE"),
@@ -176,6 +178,9 @@ def test_what_is_no_declaration_is_told(line: str, message: str, tmp_path: Path)
     file = tmp_path / "env.txt"
     file.write_text(f"ok==1.0\n{line}\n")
     with pytest.raises(PluginError, match=message):
+        read_environment(file, "pack")
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(PluginError, match=r"env\.txt: cannot be read"):
         read_environment(file, "pack")
 
 
@@ -238,6 +243,39 @@ def test_a_failed_install_is_one_line_and_leaves_nothing(root: Path) -> None:
     log = Path(message.rpartition("log: ")[2])
     assert "gauge==3.0" in log.read_text()
     assert not folder_of(absent).exists()
+
+
+def test_a_failure_is_not_waited_for_by_every_trial(gauge: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def install(self: Installer, say: Any) -> None:
+        tried.append("")
+        raise TrialFailed("environment 'gauge' cannot be installed: no network")
+
+    monkeypatch.setattr(Installer, "install", install)
+    with pytest.raises(TrialFailed, match=r"no network$"):
+        make(gauge)
+    for _ in range(2):
+        with pytest.raises(
+            TrialFailed, match=r"no network \(that was \d+ s ago, .* `evenbits env create gauge` tries now"
+        ):
+            make(gauge)
+    assert len(tried) == 1
+    assert find(gauge) is None
+    with pytest.raises(TrialFailed, match=r"no network$"):
+        make(gauge, again=True)
+    assert len(tried) == 2
+    monkeypatch.setattr(environments, "RETRY_SECONDS", 0.0)
+    with pytest.raises(TrialFailed, match=r"no network$"):
+        make(gauge)
+    assert len(tried) == 3
+
+    monkeypatch.setattr(Installer, "install", lambda self, say: None)
+    monkeypatch.setattr(Installer, "tool_version", lambda self: "none")
+    found = {"python": "3.11.0", "versions": {"gauge": "1.0"}, "failed": {}}
+    monkeypatch.setattr(environments, "look", lambda folder, imports=(): folder.mkdir() or found)
+    make(gauge, again=True)
+    assert not list(folder_of(gauge).parent.glob("*.failed.json"))
 
 
 def test_reasons_are_the_last_error_with_its_causes() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from evenbits import export as module
 from evenbits import load
 from evenbits.artifact import Artifact
-from evenbits.commands_export import find_artifact
+from evenbits.commands_export import ExportFormat, find_artifact
 from evenbits.errors import ArtifactError, SuiteError
 from evenbits.export import Exported, export
 from evenbits.export_formats import pack_words
@@ -234,6 +234,8 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     source = make_artifact(tmp_path, "rtn", {"bits": 4})
     with pytest.raises(SuiteError, match="there is something already"):
         export(source, "dense", source, REGISTRY)
+    with pytest.raises(SuiteError, match=r"config\.json/out: cannot be made \(Not a directory\); give --out"):
+        export(source, "dense", source / "config.json" / "out", REGISTRY)
     (tmp_path / "empty").mkdir()
     assert export(source, "dense", tmp_path / "empty", REGISTRY).folder == tmp_path / "empty"
 
@@ -266,6 +268,10 @@ def test_words(bits: int) -> None:
     assert np.array_equal(read_stream(words, bits, 37), codes.numpy())
     beyond = np.unpackbits(words.numpy().view(np.uint8), axis=1, bitorder="little")[:, 37 * bits :]
     assert not beyond.any()
+
+
+def test_the_command_knows_all_formats() -> None:
+    assert [form.value for form in ExportFormat] == list(module.FORMATS)
 
 
 def test_names_of_artifacts(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.harness import exported
 from tests.harness.exported import TOKENS, logits, make_artifact
 
 from evenbits import artifact as writing
@@ -18,6 +19,7 @@ from evenbits import plugins as plugins_module
 from evenbits.artifact import Artifact
 from evenbits.errors import ArtifactError, SuiteError
 from evenbits.packed import kernels_of
+from evenbits.testing import manifest_facts, tiny_model
 
 RTN4 = {"bits": 4, "group_size": 32, "symmetric": False}
 
@@ -141,6 +143,30 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (folder / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"no manifest\.json, so no whole artifact"):
         from_pretrained(folder)
+
+
+def test_code_of_its_own_runs_where_it_was_allowed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers knows the model type, so it asks nobody about the code that lies beside."""
+    base = tiny_model(tmp_path / "base-llama-False", "llama", hidden=64, intermediate=128)
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    facts = {"trust_remote_code": True}
+    monkeypatch.setattr(exported, "manifest_facts", lambda *given: {**manifest_facts(*given), **facts})
+    folder = make_artifact(tmp_path, "llm-pruner", {"ratio": 0.4, "importance": "magnitude"})
+    with pytest.raises(ArtifactError, match="runs code of its own; allow it by trust_remote_code"):
+        from_pretrained(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("method", "options"), [("rtn", RTN4), ("llm-pruner", {"importance": "magnitude"})])
+def test_another_class_than_the_language_model(tmp_path: Path, method: str, options: dict[str, Any]) -> None:
+    from transformers import AutoModel
+
+    folder = make_artifact(tmp_path, method, options)
+    with pytest.raises(SuiteError, match=r"^LlamaModel has other modules .*: AutoModelForCausalLM opens it$"):
+        AutoModel.from_pretrained(folder)
 
 
 def test_before_evenbits_is_imported(tmp_path: Path) -> None:

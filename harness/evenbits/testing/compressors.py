@@ -247,7 +247,10 @@ class CompressorContract:
         if not self._found_or_none():
             raise NotApplicable("fit returns nothing to look at: see the check fit")
         case = self.runs.case(*FITTED_SHAPE)
-        for setting in dict.fromkeys(found for found in self._found_or_none() if found != self.options):
+        found = self._found_or_none()  # not a set of them: options that hold a dict have no hash
+        for number, setting in enumerate(found):
+            if setting == self.options or setting in found[:number]:
+                continue
             ran = try_case(self.descriptor, setting, case)
             if not isinstance(ran.error, TrialFailed):
                 check_prediction(self.descriptor, setting, case, exact=self.exact, ran=ran)

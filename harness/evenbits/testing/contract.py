@@ -14,6 +14,7 @@ from evenbits.compressor import Compressor, Recovery
 from evenbits.errors import SuiteError
 from evenbits.measure import Evaluator, Profiler
 from evenbits.plugins import Provided, Registry, did_you_mean, load_plugins
+from evenbits.shapes import read_inventory
 from evenbits.testing.settings import Descriptor
 
 Devices = Literal["auto", "cpu", "cuda"]
@@ -86,7 +87,8 @@ def checks(
 
     exact, fitted: of a method, see `check_compressor`. model: of a recovery stage, evaluator or profiler, the folder
     of the model it is tried on, in place of a tiny Llama. device: "cpu" leaves the GPU alone, "cuda" demands one.
-    Raises SuiteError for a name that is not installed and for options that do not fit.
+    Raises SuiteError for a name that is not installed, for options that do not fit, and for a model that cannot be
+    read.
     """
     package = ""
     if isinstance(target, str):
@@ -102,7 +104,13 @@ def checks(
     if isinstance(descriptor, Compressor):
         from evenbits.testing.compressors import CompressorContract
 
+        if model is not None:
+            raise SuiteError(f"{descriptor.name}: a method is tried on a tiny model of its own: name no model")
         return CompressorContract(descriptor, options, exact, fitted, device, package).checks()
+    if not (exact and fitted):
+        raise SuiteError(f"{descriptor.name}: upper bounds and settings that `fit` chose are of methods alone")
+    if model is not None:
+        read_inventory(model)  # said here, not check by check
     if isinstance(descriptor, Recovery):
         from evenbits.testing.recoveries import RecoveryContract
 

@@ -10,14 +10,17 @@ from evenbits.compressor import Compressor, ModelShapes, Options, Refusal
 from evenbits.shapes import llama_shapes
 
 BUDGETS = (1.0, 2.0, 3.0, 4.0, 8.0)
+BETWEEN = (4.2, 4.5, 4.6)  # what a method of one width stores with its scales; tried where nothing else fits
 
 
 def check_fit(descriptor: Compressor, budgets: Sequence[float] = BUDGETS) -> list[Options]:
     """What `fit` returns lies in the budget by `predict`; what nothing fits is refused. Returns what it chose."""
     shapes = llama_shapes(512, 1376, 4, 256, 4096)
-    chosen = []
+    chosen: list[Options] = []
     for on in ("linear", "model"):
-        for centre in budgets:
+        for centre in (*budgets, *BETWEEN):
+            if chosen and centre not in budgets:
+                break
             budget = BitBudget(centre, default_window(centre), on)
             found = descriptor.fit(budget, shapes, {})
             if isinstance(found, Refusal):
@@ -30,7 +33,9 @@ def check_fit(descriptor: Compressor, budgets: Sequence[float] = BUDGETS) -> lis
             pinned = descriptor.fit(budget, shapes, found.model_dump(mode="json"))
             assert pinned == found, f"{descriptor.name}: fit must leave pinned options as they are, got {pinned}"
             chosen.append(found)
-    assert chosen, f"{descriptor.name}: fit finds nothing at {', '.join(map(str, budgets))} bits on a small Llama"
+    assert chosen, (
+        f"{descriptor.name}: fit finds nothing at {', '.join(map(str, (*budgets, *BETWEEN)))} bits on a small Llama"
+    )
     for impossible in (BitBudget(0.01, 0.005), BitBudget(0.01, 0.005, "model")):
         refused = descriptor.fit(impossible, shapes, {})
         assert isinstance(refused, Refusal), f"{descriptor.name}: fit takes {impossible} with {refused}: refuse it"

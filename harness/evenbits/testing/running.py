@@ -1,8 +1,9 @@
-"""A suite run as the command line runs it, without its words."""
+"""A suite run as the command line runs it, without its words and its downloads."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from evenbits.executor import LocalExecutor
 from evenbits.plan import make_plan
@@ -22,7 +23,9 @@ def run_suite(file: Path, results: Path) -> list[Record]:
     with store.lock():
         store.check_schema(create=True)
         plan = make_plan(suite, registry, cache=store.cache)
-        executor = LocalExecutor(suite.limits.workers)
+        executor: Any = LocalExecutor(suite.limits.workers)
+        if suite.executor != "local":
+            executor = registry.find("executors", suite.executor, "executor").value(suite)
         try:
             return Run(plan, registry, store, executor).go()
         finally:

@@ -56,9 +56,14 @@ def objection(options: AutoAwqOptions, layer: LayerShape) -> str | None:
 
 
 def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> AutoAwqOptions | Refusal:
-    """The group of least expected distortion inside the budget, of those that divide every layer."""
+    """The group of least expected distortion inside the budget, of those that divide every layer; without its search of
+    ranges, unless that is pinned, where the library cannot make one on these shapes."""
     choices = {"bits": (4,), "group_size": GROUPS, "symmetric": (False,)}
-    return fit_rounding(AutoAwqOptions, budget, shapes, fixed, predict, choices, objection)
+    found = fit_rounding(AutoAwqOptions, budget, shapes, fixed, predict, choices, objection)
+    if isinstance(found, Refusal) and "clip" not in fixed:
+        without = fit_rounding(AutoAwqOptions, budget, shapes, {**fixed, "clip": False}, predict, choices, objection)
+        return found if isinstance(without, Refusal) else without
+    return found
 
 
 def make(options: AutoAwqOptions) -> AnyCompressor:

@@ -96,7 +96,7 @@ def _estimate(options: CheckpointOptions, shapes: ModelShapes) -> Estimate:
             counted[Role.DENSE] = counted.get(Role.DENSE, 0) + layer.weights * WIDTHS[shapes.dtype or layer.dtype]
             continue
         compressed += layer.weights
-        for name, role in roles.items():
+        for name, role in read.with_spare_bias(layer, roles).items():
             counted[role] = counted.get(role, 0) + read.entries[f"{layer.name}.{name}"].nbytes
     index = 8 * counted.get(Role.CODE, 0) / compressed if compressed else 0.0
     claimed = options.claimed or bits_in_config(read.quantization) or index

@@ -68,7 +68,7 @@ def make(options: HqqOptions) -> AnyCompressor:
     from evenbits_backends.adapter import Adapter
     from evenbits_backends.trust import Claim
 
-    return Adapter("hqq", options, Claim("hqq"))
+    return Adapter("hqq", options, Claim("hqq"), objection)
 
 
 def descriptor() -> Compressor:

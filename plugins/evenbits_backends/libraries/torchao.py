@@ -74,7 +74,7 @@ def make(options: TorchaoOptions) -> AnyCompressor:
     from evenbits_backends.adapter import Adapter
     from evenbits_backends.trust import Claim
 
-    return Adapter("torchao", options, Claim("torchao"))
+    return Adapter("torchao", options, Claim("torchao"), objection)
 
 
 def descriptor() -> Compressor:

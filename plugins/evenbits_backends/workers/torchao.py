@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import torch
 
 from contract import Request, main
-
-sys.path.pop(0)  # this file bears the library's name, which must be found elsewhere from here on
 
 
 def work(request: Request) -> None:

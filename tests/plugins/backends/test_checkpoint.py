@@ -314,10 +314,19 @@ def test_a_checkpoint_that_is_not_whole_or_not_of_this_model(
     assert "\n" not in str(caught.value)
 
 
-def test_biases_of_zeros_are_no_biases(base: Path, copy: Callable[[str], Small], tmp_path: Path) -> None:
-    small = copy("aqlm")
-    small.edit(lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(44)}))
-    compress(base, small, tmp_path / "artifact")
+def test_biases_of_zeros_are_no_biases_and_are_billed(base: Path, copy: Callable[[str], Small], tmp_path: Path) -> None:
+    small, name = copy("aqlm"), "model.layers.0.mlp.up_proj"
+    model = plan_model(find_model(ModelSpec(path=str(base)), load_plugins(), DigestCache(None)), "float32")
+    before = METHOD.predict(options(small.folder), model.shapes).linear_bytes
+    small.edit(lambda tensors: tensors.update({f"{name}.bias": torch.zeros(44).half()}))
+    manifest = compress(base, small, tmp_path / "artifact")
+    (layer,) = [layer for layer in manifest.layers if layer.name == name]
+    assert layer.roles["bias"] is Role.META
+    predicted = METHOD.predict(options(small.folder), model.shapes).linear_bytes
+    assert predicted == measure_bits(tmp_path / "artifact", model.facts).linear_bytes == before + 2 * 44
+    small.edit(lambda tensors: tensors.update({f"{name}.bias": torch.ones(44)}))
+    with pytest.raises(TrialFailed, match=r"up_proj\.bias' is nothing of the base model"):
+        compress(base, small, tmp_path / "other")
 
 
 def test_other_blocks(copy: Callable[[str], Small], tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_corrupted_file_is_refused(name: str, tmp_path: Path) -> None:
 
     for tensor, to in ((scale, lambda t: 2 * t), (codes, lambda t: t.flip(0))):
         checkpoint = changed(tensor, to)
-        with pytest.raises(TrialFailed, match="decodes to other outputs than its own forward") as caught:
+        with pytest.raises(TrialFailed, match=r"own layer have a relative|to other outputs") as caught:
             checkpoint.check(shape, weight, restored(checkpoint, shape)[1])
         assert "\n" not in str(caught.value)
         # where nobody ran the library, the weight itself tells; AWQ's scales may be anything, so that they cannot
@@ -154,7 +154,7 @@ def test_rounding_by_llm_compressor_is_our_own_rounding() -> None:
         ("llmcompressor", {"group_size": 64}, "mlp.down_proj has 352 columns, no multiple of 64"),
         (
             "autoawq",
-            {"group_size": 32},
+            {"group_size": 32, "clip": True},
             "searches ranges of 64 rows at once, and mlp.gate_proj has 352; what can: clip",
         ),
         ("autoawq", {"group_size": 64, "clip": False}, "352 columns, no multiple of 64"),

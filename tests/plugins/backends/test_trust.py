@@ -9,7 +9,7 @@ from torch import Tensor
 from evenbits.compressor import Fold, Layer, LayerShape
 from evenbits.errors import TrialFailed
 from evenbits_backends.layout import Grid
-from evenbits_backends.trust import Claim, check_forward, check_weight, rescaled
+from evenbits_backends.trust import Claim, check_dense, check_forward, check_weight, rescaled
 from evenbits_gptq.compressor import GptqCompressor
 from evenbits_gptq.options import GptqOptions
 
@@ -95,3 +95,42 @@ def test_the_forward_may_round_but_not_differ(weight: Tensor) -> None:
         check_forward(SHAPE, stored, probe, other)
     with pytest.raises(TrialFailed, match=r"x's own layer have .* error of 0\.039\d*, .* to 0\.009\d+ \("):
         check_forward(SHAPE, stored, probe, other, weight, "x")
+
+
+def test_one_wrong_row_of_a_wide_layer_is_found() -> None:
+    """It is less of the whole than half precision may be off."""
+    draw = torch.Generator().manual_seed(4)
+    probe, stored = torch.randn(8, 16, generator=draw), torch.randn(20000, 16, generator=draw)
+    stored[7] = 0  # a row without energy is not divided by
+    outputs = probe.bfloat16() @ stored.T.bfloat16()
+    check_forward(SHAPE, stored, probe, outputs)
+    outputs[:, 5] = outputs[:, 6]
+    with pytest.raises(TrialFailed, match=r"\(.* of the energy of output 5, 0\.01 allowed\): not trusted"):
+        check_forward(SHAPE, stored, probe, outputs)
+
+
+def test_what_is_left_dense_is_the_weight_itself(weight: Tensor) -> None:
+    check_dense(SHAPE, weight, weight.bfloat16().float(), None, PLAIN)
+    columns = torch.rand(352, generator=torch.Generator().manual_seed(5)) + 0.5
+    stored = (weight * columns).half().float()
+    check_dense(SHAPE, weight, stored, rescaled(weight, stored), AWQ)
+    for wrong in (stored, rounded(weight, 8)):
+        with pytest.raises(TrialFailed, match=r"down_proj: x left it dense, with a relative squared error of"):
+            check_dense(SHAPE, weight, wrong, None, PLAIN)
+
+
+def test_where_inputs_fill_few_directions_the_outputs_tell() -> None:
+    """There GPTQ leaves weights further off than any rounding, and outputs nearer; rows out of order do neither."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(SHAPE.out_features, SHAPE.in_features, generator=generator)
+    seen = torch.randn(SHAPE.in_features, 8, generator=generator)
+    moment = seen @ seen.T
+    unseen = torch.eye(SHAPE.in_features) - seen @ torch.linalg.pinv(seen)
+    stored = weight + 0.7 * torch.randn(weight.shape, generator=generator) @ unseen
+    with pytest.raises(TrialFailed, match="not trusted"):
+        check_weight(SHAPE, weight, stored, None, Grid(4, 32), LEARNED)
+    check_weight(SHAPE, weight, stored, None, Grid(4, 32), LEARNED, moment)
+    with pytest.raises(TrialFailed, match=r"of the outputs .* allowed: not trusted"):
+        check_weight(SHAPE, weight, stored.flip(0), None, Grid(4, 32), LEARNED, moment)
+    with pytest.raises(TrialFailed, match="not trusted"):  # what promises plain rounding is held to it
+        check_weight(SHAPE, weight, stored, None, Grid(4, 32), PLAIN, moment)

@@ -19,7 +19,7 @@ TINY = 1e-30  # a row of zeros is divided by this, and has a scale of zero
 class PowersCompressor(LayerCompressor):
     def __init__(self, options: PowersOptions) -> None:
         self.bits = options.bits
-        self.exponents = 2 ** (options.bits - 1)
+        self.exponents = 1 << (options.bits - 1)
 
     def compress(self, weight: Tensor, layer: Layer, shared: Shared | None, generator: torch.Generator) -> PackedLayer:
         """Of 32 scales from a row's largest weight down, the one of least squared error once refitted."""

@@ -36,7 +36,7 @@ def make(options: GaugeOptions) -> Any:
             stored = {role: self.tensors[f"{shape.name}.{role}"] for role in ("code", "scale")}
             return PackedLayer(stored, {"code": Role.CODE, "scale": Role.SCALE})
 
-        def check(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> None:
+        def check(self, shape: LayerShape, weight: Tensor, restored: Tensor, moment: Tensor | None) -> None:
             assert float((weight - restored).abs().max()) <= float(weight.abs().max()) / 200
 
         def rest(self) -> Mapping[str, Tensor]:

@@ -51,6 +51,7 @@ ORDER = (
     ("findings",),
     ("models", "calibration", "fisher", "artifact", "tunable", "opened", "hidden"),
     ("block_pass", "blocks"),
+    ("restoring",),
     ("driver", "recovery", "whole", "tuning", "weights", "streaming", "packed"),
     ("subject", "export_formats"),
     ("quantizer", "export_dense", "export_folder", "export_gptq", "export_compressed_tensors"),
@@ -112,6 +113,7 @@ RANK = {module: rank for rank, row in enumerate(ORDER) for module in row}
 
 # the rest must start in a fraction of a second: listing, planning, reporting
 TORCH = {
+    "restoring",
     "models",
     "calibration",
     "fisher",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evenbits.budget import BitBudget, default_window
 from evenbits.compressor import Layer, LayerCompressor, LayerShape, ModelShapes, PackedLayer, Refusal, Role, Shared
-from evenbits.driver import restore_layer, seeded_generator
+from evenbits.driver import seeded_generator
 from evenbits.errors import SuiteError, TrialFailed
 from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.measure import Weights
@@ -21,6 +21,7 @@ from evenbits.models import guarded_randomness
 from evenbits.packed import kernels_of
 from evenbits.plugins import load_plugins
 from evenbits.record import Bits
+from evenbits.restoring import restore_layer
 from evenbits.subject import choose_device, load_artifact
 from evenbits.suite import check_options
 

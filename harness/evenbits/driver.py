@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from evenbits.compressor import (
     Role,
     Shared,
 )
-from evenbits.errors import EvenbitsError, TrialFailed
+from evenbits.errors import TrialFailed
 from evenbits.foreign import Bench, CheckpointCompressor, Launch
 from evenbits.manifest import StoredLayer
 from evenbits.maths.hessian import calibrated_error, relative_error
@@ -46,6 +45,7 @@ from evenbits.models import (
     set_weight,
     torch_dtype,
 )
+from evenbits.restoring import all_finite, named_failure, restore_layer, unfolded
 from evenbits.shapes import StoredTensor
 
 Advance = Callable[[int], None]
@@ -164,7 +164,7 @@ class Driver:
             for shape, tensor in layers:
                 weight, packed = self.blocks.weight(tensor), checkpoint.layer(shape)
                 moment = None if moments is None else moments.get(shape.name).to(work.device)
-                with _named(shape.name):
+                with named_failure(shape.name):
                     restored = restore_layer(compressor, packed, shape, self.shared)
                     fold = checkpoint.check(shape, weight, restored, moment)
                 self._store(compressor, weight, Layer(shape, moment), packed, fold)
@@ -238,7 +238,7 @@ class Driver:
         targets = runner.run_all(index, hidden)
         block = self._opened(index, module, shapes, hidden)
         generator = seeded_generator(self.work.seed, f"block {index}")
-        with torch.set_grad_enabled(self.work.needs.gradients), _named(f"block {index}"):
+        with torch.set_grad_enabled(self.work.needs.gradients), named_failure(f"block {index}"):
             result = compressor.compress_block(block, hidden, targets, self.shared, generator)
         lacking = {shape.name for shape in shapes} ^ result.layers.keys()
         if lacking:
@@ -283,10 +283,10 @@ class Driver:
     # -- one layer ------------------------------------------------------------------------------------------
 
     def _compress(self, compressor: LayerCompressor, weight: Tensor, layer: Layer) -> Tensor:
-        if not _all_finite(weight):
+        if not all_finite(weight):
             raise TrialFailed(f"{layer.name}: the checkpoint's weight is not finite; it cannot be compressed")
         generator = seeded_generator(self.work.seed, layer.name)
-        with _named(layer.name):
+        with named_failure(layer.name):
             packed = compressor.compress(weight, layer, self.shared, generator)
         return self._store(compressor, weight, layer, packed)
 
@@ -299,7 +299,7 @@ class Driver:
         fold: Fold | None = None,
     ) -> Tensor:
         """Keep the packed layer for the block's file; returns what it restores to, (out, in) float32."""
-        with _named(layer.name):
+        with named_failure(layer.name):
             PackedLayer(packed.tensors, packed.roles)  # checks again: the tensors may have changed since it was made
             restored = restore_layer(compressor, packed, layer.shape, self.shared)
         moment = layer.second_moment
@@ -359,13 +359,6 @@ class Driver:
         self.work.advance(self.shapes.weights)
 
 
-def unfolded(restored: Tensor, fold: Fold) -> Tensor:
-    """(out, in): what the stored weight stands for."""
-    if fold.rows is not None:
-        restored = restored / fold.rows.float()[:, None]
-    return restored if fold.columns is None else restored / fold.columns.float()
-
-
 class _WholeWriter:
     """Collects what a model compressor stores."""
 
@@ -386,35 +379,3 @@ class _WholeWriter:
 
     def meta(self, facts: Mapping[str, Any]) -> None:
         self.facts.update(facts)
-
-
-@contextmanager
-def _named(layer: str) -> Iterator[None]:
-    """A plugin's own exceptions become TrialFailed with the layer's name, their cause kept."""
-    try:
-        yield
-    except (EvenbitsError, MemoryError):
-        raise
-    except Exception as error:
-        raise TrialFailed(f"{layer}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-
-
-def restore_layer(compressor: LayerCompressor, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
-    """(out, in) float32 from packed tensors alone. Raises TrialFailed for a wrong shape or non-finite weights."""
-    if set(packed.roles.values()) == {Role.DENSE} and set(packed.tensors) == {"weight"}:
-        restored = packed.tensors["weight"].to(torch.float32)
-    else:
-        restored = compressor.restore(packed, layer, shared)
-    if tuple(restored.shape) != (layer.out_features, layer.in_features):
-        raise TrialFailed(
-            f"{layer.name}: restored to {tuple(restored.shape)}, expected {(layer.out_features, layer.in_features)}"
-        )
-    if not _all_finite(restored):
-        raise TrialFailed(f"{layer.name}: the restored weight is not finite")
-    return restored
-
-
-def _all_finite(weight: Tensor) -> bool:
-    """Without the copies that torch.isfinite makes: extremes are NaN where any entry is."""
-    low, high = torch.aminmax(weight.detach())
-    return math.isfinite(low) and math.isfinite(high)

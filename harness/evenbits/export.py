@@ -16,7 +16,6 @@ from torch import Tensor
 
 from evenbits.artifact import CONFIG, Artifact
 from evenbits.compressor import LayerCompressor, LayerShape, PackedLayer, Refusal, Shared
-from evenbits.driver import restore_layer
 from evenbits.errors import ArtifactError
 from evenbits.export_compressed_tensors import CompressedTensors
 from evenbits.export_dense import whole_state
@@ -29,6 +28,7 @@ from evenbits.maths.uniform import OnGrid
 from evenbits.models import torch_dtype
 from evenbits.plugins import Registry
 from evenbits.record import ModelFacts
+from evenbits.restoring import restore_layer
 from evenbits.shapes import ARCHITECTURES, read_header
 from evenbits.subject import open_artifact
 from evenbits.weights import ArtifactWeights

@@ -109,20 +109,34 @@ class Registry:
             yield by_name[impl.plugin_name], impl.function
 
     def _collect(self, hook: str, kind: type[T], what: str) -> dict[str, Provided[T]]:
-        """Objects by name; of two with one name neither is taken, so that nobody measures the wrong one."""
+        """Objects by the name they bear."""
+
+        def named(function: Callable[..., Any]) -> list[tuple[str, T]]:
+            values = list(function())
+            wrong = [value for value in values if not isinstance(value, kind)]
+            if wrong:
+                raise PluginError(f"{hook} returned {type(wrong[0]).__name__}, expected {kind.__name__}")
+            return [(value.name, value) for value in values]
+
+        return self._unique(hook, what, named)
+
+    def _named(self, hook: str, what: str) -> dict[str, Provided[Any]]:
+        """Objects by the name they are given under."""
+        return self._unique(hook, what, lambda function: list(dict(function()).items()))
+
+    def _unique(
+        self, hook: str, what: str, named: Callable[[Callable[..., Any]], list[tuple[str, T]]]
+    ) -> dict[str, Provided[T]]:
+        """By name; of two with one name neither is taken, so that nobody measures the wrong one."""
         found: dict[str, Provided[T]] = {}
         clashing: set[str] = set()
         for info, function in self._each(hook):
             try:
-                values = list(function())
-                wrong = [value for value in values if not isinstance(value, kind)]
-                if wrong:
-                    raise PluginError(f"{hook} returned {type(wrong[0]).__name__}, expected {kind.__name__}")
+                values = named(function)
             except Exception as error:
                 self.problems.append(f"plugin {info.origin}: {_one_line(error)}; its {what}s are not available")
                 continue
-            for value in values:
-                name: str = value.name
+            for name, value in values:
                 if name in found:
                     self._clash(what, name, found[name].plugin, info)
                     clashing.add(name)
@@ -149,23 +163,6 @@ class Registry:
     @cached_property
     def corpora(self) -> dict[str, Provided[Corpus]]:
         return self._collect("provide_corpora", Corpus, "corpus")
-
-    def _named(self, hook: str, what: str) -> dict[str, Provided[Any]]:
-        found: dict[str, Provided[Any]] = {}
-        clashing: set[str] = set()
-        for info, function in self._each(hook):
-            try:
-                values = dict(function())
-            except Exception as error:
-                self.problems.append(f"plugin {info.origin}: {_one_line(error)}; its {what}s are not available")
-                continue
-            for name, value in values.items():
-                if name in found:
-                    self._clash(what, name, found[name].plugin, info)
-                    clashing.add(name)
-                else:
-                    found[name] = Provided(value, info)
-        return {name: provided for name, provided in found.items() if name not in clashing}
 
     def _clash(self, what: str, name: str, one: PluginInfo, other: PluginInfo) -> None:
         self.problems.append(
@@ -211,13 +208,19 @@ class Registry:
         table: Mapping[str, Provided[Any]] = getattr(self, kind)
         if name in table:
             return table[name]
-        for problem in self.problems:
-            if f'"{name}"' in problem:
-                raise SuiteError(f"{what} {name!r}: {problem}")
-        for info in self.plugins:
-            if info.name == name and info.status != "ok":
-                raise SuiteError(f"{what} {name!r}: its plugin {info.origin} is {info.status}: {info.problem}")
+        if why := self.why_out(name):
+            raise SuiteError(f"{what} {name!r}: {why}")
         raise SuiteError(f"unknown {what} {name!r}{did_you_mean(name, table)}")
+
+    def why_out(self, name: str) -> str | None:
+        """Why nothing is to be had under this name though something bears it: a clash, a plugin disabled or broken."""
+        named = (problem for problem in self.problems if f'"{name}"' in problem)
+        out = (
+            f"its plugin {info.origin} is {info.status}: {info.problem}"
+            for info in self.plugins
+            if info.name == name and info.status != "ok"
+        )
+        return next(named, None) or next(out, None)
 
     def packages_of(self, hook: str) -> list[str]:
         """The packages that implement a hook."""

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from evenbits.artifact import Artifact, ArtifactWriter, dense_layer
 from evenbits.compressor import AnyCompressor, LayerCompressor, LayerShape, PackedLayer, RecoveryStage, Role, Shared
-from evenbits.driver import restore_layer, seeded_generator
+from evenbits.driver import seeded_generator
 from evenbits.manifest import Manifest, StoredLayer
 from evenbits.maths.hessian import relative_error
 from evenbits.models import build_model, guarded_randomness, read_weight, torch_dtype
 from evenbits.opened import Opened, adapter_tensors
+from evenbits.restoring import restore_layer
 from evenbits.shapes import read_inventory
 from evenbits.tunable import TunableLinear
 from evenbits.whole import OpenedWhole

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from evenbits.compressor import Block, BlockResult, LayerCompressor, LayerShape, PackedLayer, Shared
-from evenbits.driver import restore_layer
 from evenbits.errors import TrialFailed
+from evenbits.restoring import restore_layer
 from evenbits.tunable import TunableLinear, Tuned, unit_of
 from evenbits.tune_options import TuneOptions
 

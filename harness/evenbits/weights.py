@@ -11,10 +11,10 @@ from torch import Tensor
 
 from evenbits.artifact import Artifact
 from evenbits.compressor import LayerCompressor, PackedLayer
-from evenbits.driver import restore_layer
 from evenbits.errors import TrialFailed
 from evenbits.manifest import StoredLayer
 from evenbits.models import read_tensor
+from evenbits.restoring import restore_layer
 from evenbits.shapes import ARCHITECTURES, read_config, read_inventory
 
 

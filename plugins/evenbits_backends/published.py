@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from evenbits.compressor import Fold, LayerShape, PackedLayer, Shared
-from evenbits.driver import unfolded
 from evenbits.errors import TrialFailed
 from evenbits.foreign import Bench, CheckpointCompressor
 from evenbits.maths.hessian import relative_error
 from evenbits.models import read_tensor
+from evenbits.restoring import unfolded
 from evenbits_backends.located import content_of, snapshot
 from evenbits_backends.opened import StoredCheckpoint, decode
 from evenbits_backends.trust import Claim, rescaled

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from evenbits.artifact import Artifact, ArtifactWriter
 from evenbits.compressor import LayerCompressor
-from evenbits.driver import Driver, Work, restore_layer
+from evenbits.driver import Driver, Work
 from evenbits.opened import adapter_tensors
 from evenbits.plugins import load_plugins
+from evenbits.restoring import restore_layer
 from evenbits.testing import ModelKind, manifest_facts, tiny_model, tiny_tokens
 
 REGISTRY = load_plugins()

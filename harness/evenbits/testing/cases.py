@@ -23,8 +23,8 @@ from evenbits.compressor import (
     PackedLayer,
     Shared,
 )
-from evenbits.driver import restore_layer
 from evenbits.errors import TrialFailed
+from evenbits.restoring import restore_layer
 
 # one that any method should take, then: short last groups, a width of 4 x 43, fewer rows than a tile, one row
 SHAPES = ((64, 128), (24, 40), (16, 172), (7, 16), (1, 33))

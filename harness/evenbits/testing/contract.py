@@ -63,12 +63,8 @@ def find_target(name: str, registry: Registry) -> Provided[Any]:
         raise SuiteError(f"{name!r} is a {' and a '.join(found)}: give its descriptor instead of its name")
     if found:
         return next(iter(found.values()))
-    for problem in registry.problems:
-        if f'"{name}"' in problem:
-            raise SuiteError(f"{name!r}: {problem}")
-    for info in registry.plugins:
-        if info.name == name and info.status != "ok":
-            raise SuiteError(f"{name!r}: its plugin {info.origin} is {info.status}: {info.problem}")
+    if why := registry.why_out(name):
+        raise SuiteError(f"{name!r}: {why}")
     known = [each for kind in KINDS for each in getattr(registry, kind)]
     near = did_you_mean(name, known)
     raise SuiteError(f"no method, recovery stage, evaluator or profiler {name!r} is installed{near}")

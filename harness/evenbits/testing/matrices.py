@@ -13,9 +13,9 @@ from torch import Tensor
 
 from evenbits.artifact import Artifact, ArtifactWriter
 from evenbits.compressor import Compressor, LayerCompressor, Options, PackedLayer, Role, Shared
-from evenbits.driver import restore_layer
 from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.models import guarded_randomness
+from evenbits.restoring import restore_layer
 from evenbits.testing.cases import OUTLIER, Case, Outcome, Ran, make_case, run_case, try_case, untouched_randomness
 from evenbits.testing.linears import check_linear
 from evenbits.testing.stored import manifest_facts, stored_layer

@@ -41,7 +41,7 @@ ORDER = (
     ("suite", "elsewhere", "published"),
     ("reproduced",),
     ("sources",),
-    ("matching",),
+    ("matching", "planned_model"),
     ("plan",),
     ("store", "job"),
     ("footprint",),

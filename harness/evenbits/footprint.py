@@ -12,7 +12,8 @@ from importlib.resources import files
 from typing import Any
 
 from evenbits.compressor import Compressor, LayerShape, ModelShapes, Needs
-from evenbits.plan import DENSE, Plan, PlannedModel, Trial
+from evenbits.plan import DENSE, Plan, Trial
+from evenbits.planned_model import PlannedModel
 from evenbits.plugins import Registry
 from evenbits.shapes import WIDTHS
 from evenbits.store import Results, size_of

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from evenbits.budget import BitBudget
-from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Options, Recovery, Refusal
+from evenbits.compressor import Compressor, Estimate, ModelShapes, Needs, Options, Recovery, Refusal
 from evenbits.devices import cuda_devices
 from evenbits.environment import package_version
 from evenbits.environment_files import Environment, find_environment
 from evenbits.errors import SuiteError
 from evenbits.matching import Stages, call_plugin, choose_settings, recovery_bytes
+from evenbits.planned_model import PlannedModel, plan_model
 from evenbits.plugins import Provided, Registry
 from evenbits.provenance import module_digest, source_digest
-from evenbits.record import Bits, BudgetFacts, ModelFacts
-from evenbits.shapes import WIDTHS, Inventory, read_inventory
-from evenbits.sources import DigestCache, ModelSource, find_model
+from evenbits.record import Bits, BudgetFacts
+from evenbits.sources import DigestCache, find_model
 from evenbits.suite_errors import check_options
-from evenbits.suite_spec import Limits, MethodSpec, ModelOutline, StageSpec, Suite
+from evenbits.suite_spec import Limits, MethodSpec, StageSpec, Suite
 
 DENSE = "dense"
 # what decides how a method is driven and stored, whatever the method
@@ -40,16 +40,6 @@ def content_hash(facts: Mapping[str, Any]) -> str:
     """Sixteen hex digits of the canonical JSON."""
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """A model with its shapes at the dtype it is evaluated in."""
-
-    source: ModelSource
-    dtype: str
-    shapes: ModelShapes
-    facts: ModelFacts
 
 
 @dataclass(frozen=True)
@@ -127,56 +117,6 @@ class Plan:
 
 def budget_facts(budget: BitBudget | None) -> BudgetFacts | None:
     return None if budget is None else BudgetFacts(centre=budget.centre, window=budget.window, on=budget.on)
-
-
-def plan_model(source: ModelSource, dtype: str, outline: ModelOutline | None = None) -> PlannedModel:
-    """Read the headers, or the outline where the files are not there; `dtype` "auto" keeps the stored one.
-
-    Raises SuiteError where outline and files differ.
-    """
-    described: Inventory | ModelOutline
-    if source.present:
-        described = read_inventory(source.folder)
-        if outline is not None:
-            check_outline(source, outline.shapes(), described.shapes())
-    else:
-        assert outline is not None, "a model without files is only found where it has an outline"
-        described = outline
-    evaluated = described.dtype if dtype == "auto" else dtype
-    shapes = described.shapes(evaluated)
-    width = WIDTHS[evaluated]
-    facts = ModelFacts(
-        name=source.name,
-        revision=source.revision,
-        dtype=evaluated,
-        parameters=shapes.parameters,
-        linear_weights=shapes.weights,
-        stored_bits=8 * WIDTHS[described.dtype],
-        linear_bytes=shapes.weights * width,
-        model_bytes=shapes.weights * width + shapes.rest_bytes,
-    )
-    return PlannedModel(source, evaluated, shapes, facts)
-
-
-def check_outline(source: ModelSource, outline: ModelShapes, files: ModelShapes) -> None:
-    """Raises SuiteError, naming the first layer or the count that differs."""
-    said = f"model {source.name}: its outline does not describe its files: "
-    layers = {layer.name: layer for layer in files.layers}
-    for layer in outline.layers:
-        found = layers.pop(layer.name, None)
-        if found != layer:
-            theirs = "not there" if found is None else _told(found)
-            raise SuiteError(f"{said}{layer.name} is {_told(layer)} in the outline, {theirs} in the files; correct it")
-    if layers:
-        raise SuiteError(f"{said}the files have {len(layers)} linear layers more, first {min(layers)}; correct it")
-    if outline.parameters != files.parameters:
-        counts = f"{outline.parameters:,} parameters in the outline, {files.parameters:,} in the files"
-        raise SuiteError(f"{said}{counts}; see vocab_size, tie_word_embeddings and qk_norm")
-
-
-def _told(layer: LayerShape) -> str:
-    bias = " with a bias" if layer.bias else ""
-    return f"{layer.out_features} x {layer.in_features} {layer.dtype}{bias}"
 
 
 def _stages(registry: Registry, kind: str, what: str, specs: Iterable[StageSpec]) -> tuple[Stage, ...]:

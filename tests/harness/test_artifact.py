@@ -19,7 +19,7 @@ from evenbits.compressor import Compressor, LayerShape, Options, PackedLayer, Ro
 from evenbits.errors import ArtifactError, SuiteError
 from evenbits.ledger import dense_ledger, measure_bits
 from evenbits.manifest import MANIFEST, MANIFEST_DIGEST, SCHEMA, read_manifest
-from evenbits.plan import plan_model
+from evenbits.planned_model import plan_model
 from evenbits.plugins import load_plugins
 from evenbits.sources import ModelSource
 from evenbits.testing import compress_model, manifest_facts, stored_layer, tiny_model

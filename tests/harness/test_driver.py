@@ -46,7 +46,7 @@ from evenbits.errors import SuiteError, TrialFailed
 from evenbits.fisher import squared_gradients
 from evenbits.ledger import measure_bits
 from evenbits.models import build_model, check_coverage, guarded_randomness, open_model, torch_dtype
-from evenbits.plan import plan_model
+from evenbits.planned_model import plan_model
 from evenbits.plugins import load_plugins
 from evenbits.recovery import LeaveDense
 from evenbits.shapes import ARCHITECTURES, read_inventory

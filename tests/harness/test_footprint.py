@@ -8,7 +8,8 @@ import pytest
 
 from evenbits.effort import Estimator
 from evenbits.footprint import compress_memory, disk, downloads, moment_bytes, needs_of, shown_bytes
-from evenbits.plan import Plan, PlannedModel, Trial
+from evenbits.plan import Plan, Trial
+from evenbits.planned_model import PlannedModel
 from evenbits.plugins import load_plugins
 from evenbits.shapes import LLAMA2_7B
 from evenbits.store import Results, size_of

@@ -36,7 +36,7 @@ from evenbits.errors import ArtifactError, TrialFailed
 from evenbits.ledger import measure_bits
 from evenbits.manifest import Manifest
 from evenbits.models import build_model, open_model
-from evenbits.plan import plan_model
+from evenbits.planned_model import plan_model
 from evenbits.plugins import load_plugins
 from evenbits.recovery import LeaveDense, OpenedArtifact, RecoveryWork, recover
 from evenbits.sources import ModelSource

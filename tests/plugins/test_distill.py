@@ -22,7 +22,8 @@ from evenbits.executor import LocalExecutor
 from evenbits.ledger import measure_bits
 from evenbits.measure import Text
 from evenbits.models import load_tokenizer, open_model
-from evenbits.plan import make_plan, plan_model
+from evenbits.plan import make_plan
+from evenbits.planned_model import plan_model
 from evenbits.plugins import load_plugins
 from evenbits.recovery import LeaveDense, OpenedArtifact, RecoveryWork, recover
 from evenbits.run import Display, Run

@@ -25,7 +25,8 @@ from evenbits.maths.hessian import calibrated_error, relative_error
 from evenbits.maths.kmeans import kmeans
 from evenbits.maths.weighted_kmeans import nearest_weighted, weighted_distances, weighted_kmeans, weighted_means
 from evenbits.models import build_model
-from evenbits.plan import make_plan, plan_model
+from evenbits.plan import make_plan
+from evenbits.planned_model import plan_model
 from evenbits.plugins import load_plugins
 from evenbits.recovery import RecoveryWork, recover
 from evenbits.shapes import LLAMA2_7B, QWEN3_14B, llama_shapes

@@ -21,7 +21,8 @@ from evenbits.driver import seeded_generator
 from evenbits.errors import SuiteError, TrialFailed
 from evenbits.ledger import measure_bits
 from evenbits.models import open_model
-from evenbits.plan import Plan, make_plan, plan_model
+from evenbits.plan import Plan, make_plan
+from evenbits.planned_model import plan_model
 from evenbits.plugins import load_plugins
 from evenbits.shapes import LLAMA2_7B, QWEN3_14B, llama_shapes, read_inventory
 from evenbits.sources import ModelSource

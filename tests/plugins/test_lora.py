@@ -23,7 +23,7 @@ from evenbits.errors import MissingExtra, SuiteError, TrialFailed
 from evenbits.ledger import measure_bits
 from evenbits.manifest import Manifest
 from evenbits.models import open_model
-from evenbits.plan import PlannedModel, plan_model
+from evenbits.planned_model import PlannedModel, plan_model
 from evenbits.plugins import load_plugins
 from evenbits.recovery import LeaveDense, OpenedArtifact, RecoveryWork, recover
 from evenbits.sources import ModelSource

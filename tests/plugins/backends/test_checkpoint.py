@@ -27,7 +27,8 @@ from evenbits.compressor import LayerCompressor, Refusal, Role
 from evenbits.errors import SuiteError, TrialFailed
 from evenbits.ledger import measure_bits
 from evenbits.models import build_model
-from evenbits.plan import make_plan, plan_model
+from evenbits.plan import make_plan
+from evenbits.planned_model import plan_model
 from evenbits.plugins import load_plugins
 from evenbits.shapes import read_inventory
 from evenbits.sources import DigestCache, find_model

@@ -85,8 +85,11 @@ def create(
     if bool(names) == everything:
         raise SuiteError("evenbits env create: give names, or --all; `evenbits env list` shows them")
     registry = _registry()
-    wanted = declared_environments(registry)[0] if everything else list(named_environments(registry, names or []))
-    failed = 0
+    declared, problems = declared_environments(registry) if everything else ([], [])
+    wanted = declared if everything else list(named_environments(registry, names or []))
+    for problem in problems:
+        typer.echo(f"failed: {problem}", err=True)
+    failed = len(problems)
     for one in wanted:
         if everything and one.device == "cuda" and not cuda_devices():
             typer.echo(f"skip {one.name}: needs a CUDA device, and there is none here")

@@ -35,6 +35,7 @@ FOLDER = "environments"
 DIGITS = 12  # of the digest, in folders' names
 HEADER = re.compile(r"#\s*(summary|python|imports|device|set)\s*:\s*(.*)")
 ELSEWHERE = ("--requirement", "--constraint", "--editable")  # of pip's options: another file says what is installed
+COMMIT = re.compile(r"@[0-9a-f]{40}(#|$)")
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 
@@ -97,7 +98,7 @@ def read_environment(file: Path, package: str) -> Environment:
     if device not in ("any", "cuda"):
         raise PluginError(f"{file}: '# device: {device}' is neither any nor cuda")
     given = headers.get("set", [])
-    if wrong := [text for text in given if not text.partition("=")[1]]:
+    if wrong := [text for text in given if not all(part.strip() for part in text.partition("=")[:2])]:
         raise PluginError(f"{file}: '# set: {wrong[0]}' should be NAME=VALUE")
     return Environment(
         name=file.stem,
@@ -122,6 +123,8 @@ def _problem(line: str) -> str | None:
         requirement = Requirement(line)
     except InvalidRequirement as error:
         return f"{line!r} is no requirement ({' '.join(str(error).split())})"
+    if requirement.url is not None and requirement.url.startswith("git+") and not COMMIT.search(requirement.url):
+        return f"{line!r} is not pinned: give a commit after @, all 40 digits of it"
     exact = [one for one in requirement.specifier if one.operator in ("==", "===") and not one.version.endswith("*")]
     if requirement.url is None and not exact:
         return f"{line!r} is not pinned: give one version, {requirement.name}==..."

@@ -259,7 +259,7 @@ def _line(package: str, name: str, state: Any, made: Made | None, one: Environme
 
 
 def remove(package: str, name: str) -> list[Path]:
-    """Remove every environment of this name, also unfinished and outdated ones, and the wheels with the last of all.
+    """Remove every environment of this name, also unfinished and outdated ones; the wheels where no other is left.
 
     Raises SuiteError where there is none, or where one is in use.
     """
@@ -272,6 +272,6 @@ def remove(package: str, name: str) -> list[Path]:
             shutil.rmtree(folder)
             folder.with_name(f"{folder.name}.log").unlink(missing_ok=True)
             _failure_of(folder).unlink(missing_ok=True)
-    if not any(root().glob(f"*/*/{MARKER}")):
+    if not any(MADE.fullmatch(path.name) and path.is_dir() for path in root().glob("*/*")):  # nor one being made
         shutil.rmtree(root() / "wheels", ignore_errors=True)
     return gone

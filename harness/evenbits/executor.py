@@ -101,7 +101,7 @@ def _peak_bytes() -> int:
 
 
 def _child(job: Job, log: str, pipe: Connection) -> None:
-    """Run one stage with output to the log file; send progress, then a result or an error."""
+    """Run one stage with output to the log file; send progress and when limits hold, then a result or an error."""
     os.setsid()
     _die_with_parent()
     begun_with = _resident_bytes()
@@ -120,8 +120,11 @@ def _child(job: Job, log: str, pipe: Connection) -> None:
             pipe.send(("progress", (done, total, what)))
 
     try:
-        from evenbits.stages import run_stage
+        from evenbits.stages import prepare, run_stage
 
+        pipe.send(("limits", False))
+        prepare(job, report)
+        pipe.send(("limits", True))
         result = run_stage(job, report)
     except EvenbitsError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
@@ -255,8 +258,11 @@ class LocalExecutor:
     def _watch(
         self, child: Any, receiver: Connection, job: Job, report: Report, begun: float
     ) -> tuple[tuple[str, Any] | None, int, StageFailure | None]:
-        """Until the child has said its last word, died, or gone past a limit."""
-        limits = job.trial.limits
+        """Until the child has said its last word, died, or gone past a limit.
+
+        What it prepares for all trials is within no limit, and the time of its stage counts from the end of that.
+        """
+        limits, limited, since = job.trial.limits, True, begun
         memory = _Memory(child.pid)
         final: tuple[str, Any] | None = None
         while True:
@@ -269,12 +275,16 @@ class LocalExecutor:
                     break
                 if kind == "progress":
                     report(*payload)
+                elif kind == "limits":
+                    limited, since = payload, time.monotonic()
                 else:
                     final = (kind, payload)
                     break
             elif child.sentinel in ready:
                 break
-            if limits.timeout_seconds is not None and time.monotonic() - begun > limits.timeout_seconds:
+            if not limited:
+                continue
+            if limits.timeout_seconds is not None and time.monotonic() - since > limits.timeout_seconds:
                 _kill(child)
                 reason = f"{job.stage} took longer than {limits.timeout_seconds:g} s"
                 return None, memory.growth, StageFailure("timeout", reason, "SIGKILL")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -44,7 +45,10 @@ class ExportFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Raises SuiteError for what the system refused, such as a full disk."""
         shutil.rmtree(self.path, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise SuiteError(f"{self.folder}: cannot be written ({' '.join(str(error).split())})") from error
 
     def add(self, name: str, tensor: Tensor) -> None:
         pending = sum(held.nbytes for held in self._pending.values())

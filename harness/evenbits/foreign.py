@@ -73,7 +73,8 @@ class Bench:
             facts = json.loads(result.read_text())
         except ValueError as error:
             raise TrialFailed(f"{worker.name}: its {RESULT} is no JSON ({error})") from None
-        if not isinstance(facts, dict) or not isinstance(facts.get("versions", {}), dict):
+        versions = facts.get("versions", {}) if isinstance(facts, dict) else None
+        if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
             raise TrialFailed(f'{worker.name}: its {RESULT} is no object with "versions" by distribution')
         return Produced(folder / OUTPUT, facts)
 

@@ -53,7 +53,7 @@ def article(shown: Shown, entry: Entry, environments: Environments, command: str
         tag("h3", name, id=f"t-{entry.id}-name"),
         tag("p", *(tag("span", one, class_="chip") for one in tags), class_="chips"),
         tag("p", row.settings, class_="settings") if row.settings else None,
-        tag("div", _part("Bits", _bits(row.records)), _part("Bytes by role", *_ledger(row.records)), class_="pair"),
+        tag("div", _part("Bits", *_bits(row.records)), _part("Bytes by role", *_ledger(row.records)), class_="pair"),
         _part("Measured", _measured(shown, entry)),
         _layers(shown, entry),
         _samples(entry),
@@ -69,7 +69,7 @@ def _part(title: str, *children: Child) -> Html:
     return tag("section", tag("h4", title), *children)
 
 
-def _bits(records: Sequence[Record]) -> Html:
+def _bits(records: Sequence[Record]) -> Iterator[Html]:
     lines = []
     for name, what in (
         ("linear", "all bytes of the linear layers, per weight"),
@@ -82,7 +82,19 @@ def _bits(records: Sequence[Record]) -> Html:
         foretold = [value for value in predicted if value is not None]
         heading = join([name, tag("span", what, class_="note")])
         lines.append([heading, _mean(measured), _mean(foretold) if foretold else NONE])
-    return table("The four bit numbers", ("bits", "measured", "predicted"), lines, seen=False)
+    yield table("The four bit numbers", ("bits", "measured", "predicted"), lines, seen=False)
+    if stored := [record.ledger.bits for record in records if record.ledger is not None]:
+        yield tag("p", _gap([bits.linear for bits in stored], [bits.paper for bits in stored]), class_="quiet")
+
+
+def _gap(linear: Sequence[float], paper: Sequence[float]) -> str:
+    """In words, so that a number that leaves something out is not taken for what is stored."""
+    found, said = sum(linear) / len(linear), sum(paper) / len(paper)
+    apart = f"{abs(found - said):.3f}"
+    if float(apart) == 0 or said <= 0:
+        return f"Its files take {found:.3f} bits a weight, and paper bits say {said:.3f}."
+    more = "more" if found > said else "fewer"
+    return f"Its files take {apart} bits a weight ({abs(found / said - 1):.1%}) {more} than paper bits say."
 
 
 def _mean(values: Sequence[float]) -> str:

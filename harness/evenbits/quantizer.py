@@ -32,8 +32,10 @@ FILES = {"layers": "rest.safetensors", "whole": "whole.safetensors"}  # what tra
 class EvenbitsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The quantization_config of an artifact's config.json.
 
-    weights: as in `evenbits.load`, but packed unless told otherwise. form: as in the manifest. An artifact that was
-    written without a quantization_config is opened by `from_pretrained(FOLDER, quantization_config=EvenbitsConfig())`.
+    weights: as in `evenbits.load`, but packed unless config.json says otherwise, or the config that is passed to
+    `from_pretrained` (`config.quantization_config["weights"] = "restored"`). form: as in the manifest. A passed
+    quantization_config counts only for an artifact that was written without one,
+    `from_pretrained(FOLDER, quantization_config=EvenbitsConfig())`; for others transformers warns that it takes theirs.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class EvenbitsQuantizer(HfQuantizer):  # type: ignore[misc]
     # -- what transformers asks before it reads ---------------------------------------------------------------
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Raises SuiteError for more than one device."""
-        devices = kwargs.get("device_map")
-        if isinstance(devices, dict) and len(set(map(str, devices.values()))) > 1:
+        """Raises SuiteError for more than one device, and for what is none."""
+        given = kwargs.get("device_map")
+        devices = {str(device) for device in (given.values() if isinstance(given, dict) else [given])}
+        if len(devices) > 1 or devices & {"disk", "meta"}:
             raise SuiteError("an evenbits artifact is opened on one device; give device_map='cpu' or one GPU")
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -130,12 +133,15 @@ class EvenbitsQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _take_whole(self, model: Any) -> None:
-        """Modules of the shapes that the method left, whose values are put in afterwards."""
+        """Modules of the shapes that the method left, in the dtype asked for; values are put in afterwards."""
         from evenbits.whole import restore_whole
 
         assert self._artifact is not None
         restored = restore_whole(self._artifact, self._compressor)
         _require_causal(model, dict(model.named_children()).keys() == dict(restored.named_children()).keys())
+        for parameter in restored.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(model.dtype)
         self._whole = _tensors(restored)  # transformers empties buffers that no checkpoint holds
         for name, child in restored.named_children():
             setattr(model, name, child)

@@ -22,7 +22,7 @@ from evenbits import __version__
 from evenbits.artifact import Artifact, ArtifactWriter
 from evenbits.compressor import Needs, Recovery
 from evenbits.driver import Driver, Work
-from evenbits.environments import make
+from evenbits.environments import Made, make
 from evenbits.errors import EvenbitsError, TrialFailed
 from evenbits.findings import take
 from evenbits.job import Job, StageResult
@@ -52,17 +52,31 @@ def registry() -> Registry:
 # -- compress ------------------------------------------------------------------------------------------------
 
 
+def prepare(job: Job, report: Report) -> None:
+    """Make the environment that a stage runs in, where it is not there: once for all trials that name it.
+
+    Apart from the stage, so that an executor can leave it out of the trial's limits: it takes minutes. A stage that was
+    not prepared makes it itself. Raises TrialFailed.
+    """
+    if job.stage == "compress" and _lacks_base(job):
+        _environment(job, report)
+
+
+def _lacks_base(job: Job) -> bool:
+    return not (job.artifacts / job.trial.chain[0] / MANIFEST).is_file()
+
+
 def compress(job: Job, report: Report) -> StageResult:
     """Make what is missing of the trial's chain of artifacts."""
     trial = job.trial
     folder = job.artifacts / trial.chain[0]
     # before the clock: making an environment is no part of what compressing costs, and comes once
-    launch = None if (folder / MANIFEST).is_file() else _launch(job, report)
+    launch = _launch(job, report) if _lacks_base(job) else None
     begun = time.perf_counter()
     report(0, 1, "calibration text")
     tokens, facts = calibration_tokens(trial, registry(), job.cache)
     device = choose_device(trial.device)
-    if not (folder / MANIFEST).is_file():
+    if _lacks_base(job):
         _compress_base(job, folder, tokens, facts, device, report, launch)
     for index, stage in enumerate(trial.recovery):
         before, folder = folder, job.artifacts / trial.chain[index + 1]
@@ -73,8 +87,8 @@ def compress(job: Job, report: Report) -> StageResult:
     return StageResult(seconds=time.perf_counter() - begun, peak_bytes=beside, device_peak_bytes=peak)
 
 
-def _launch(job: Job, report: Report) -> WorkerLaunch | None:
-    """The environment of the trial's method, made where it is not there yet."""
+def _environment(job: Job, report: Report) -> Made | None:
+    """That of the trial's method, made where it is not there yet; None where it names none."""
     environment = job.trial.environment
     if environment is None:
         return None
@@ -83,7 +97,14 @@ def _launch(job: Job, report: Report) -> WorkerLaunch | None:
         print(line, flush=True)  # into the log
         report(0, 0, f"environment {environment.name}")
 
-    return WorkerLaunch(environment, make(environment, say=say), threads_of(job))
+    return make(environment, say=say)
+
+
+def _launch(job: Job, report: Report) -> WorkerLaunch | None:
+    environment, made = job.trial.environment, _environment(job, report)
+    if environment is None or made is None:
+        return None
+    return WorkerLaunch(environment, made, torch.get_num_threads())  # limited by now to what the stage may use
 
 
 def _compress_base(

@@ -233,7 +233,7 @@ class CalibrationSpec(_Frozen):
 
 
 class Limits(_Frozen):
-    """For one stage of one trial."""
+    """For one stage of one trial; what making a library's environment takes is no part of it."""
 
     timeout_seconds: float | None = Field(default=None, gt=0)
     memory_gib: float | None = Field(default=None, gt=0, description="resident memory of the child process")

@@ -7,6 +7,7 @@ to what its files take.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ _SPELT = (
     re.compile(r"(?<![A-Za-z0-9])w(\d{1,2})(?:a\d{1,2}|g\d+)", re.IGNORECASE),
     re.compile(r"(?<![A-Za-z])(?:mx|nv)?(?:int|fp|nf)-?(\d{1,2})(?![0-9.])", re.IGNORECASE),
 )
+_TORCHAO = re.compile(r'(?:"u?int|Int)(\d)(?=["A-Z])')  # "int4" as a dtype, Int8WeightOnlyConfig
 _CONFIG = ("bits", "w_bit", "nbits", "num_bits", "weight_bits")
 
 
@@ -60,6 +62,9 @@ def bits_in_config(quantization: Mapping[str, Any]) -> float | None:
         return float(quantization.get("num_codebooks", 1) * quantization["nbits_per_codebook"] / group)
     if quantization.get("quant_method") == "vptq":
         return _vptq(quantization)
+    if quantization.get("quant_method") == "torchao":
+        found = _TORCHAO.search(json.dumps(quantization.get("quant_type")))
+        return float(found[1]) if found else None
     if quantization.get("load_in_4bit"):
         return 4.0
     if quantization.get("load_in_8bit"):

@@ -56,7 +56,7 @@ def fit_rounding(
     taken = [options for options in candidates if options not in refused]
     if not taken:
         return Refusal(next(iter(refused.values())) if refused else "no setting is valid with what is pinned")
-    found = choose(budget, shapes, taken, predict, quality=lambda options: -_distortion(options, shapes))
+    found = choose(budget, shapes, taken, predict, quality=lambda options: -expected_distortion(options, shapes))
     if isinstance(found, Refusal) and refused:
         return Refusal(f"{found.reason} ({len(refused)} others refused; one: {next(iter(refused.values()))})")
     return found
@@ -84,6 +84,7 @@ def _candidates(base: OptionsT, fixed: Mapping[str, Any], choices: Mapping[str, 
                     continue
 
 
-def _distortion(options: Any, shapes: ModelShapes) -> float:
+def expected_distortion(options: Any, shapes: ModelShapes) -> float:
+    """Of Gaussian weights (`evenbits.integer`), as plain rounding has it."""
     plain = integer.IntegerOptions(bits=options.bits, group_size=options.group_size, symmetric=options.symmetric)
     return integer.expected_distortion(plain, shapes)

@@ -6,6 +6,7 @@ the tensors are stored and billed as the library's file has them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
@@ -66,9 +67,12 @@ def layout(name: str) -> Layout:
 
 
 def recognise(config: Mapping[str, Any], where: str) -> tuple[Layout, dict[str, Any]]:
-    """The layout of a quantization_config with its facts. Raises TrialFailed where none fits."""
+    """The layout of a quantization_config with its facts. Raises TrialFailed where none fits, or one is malformed."""
     for name in LAYOUTS:
-        facts = layout(name).facts(config)
+        try:
+            facts = layout(name).facts(config)
+        except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+            raise TrialFailed(f"{where}: its quantization_config is no {name} one that can be read ({error})") from None
         if facts is not None:
             return layout(name), facts
     method = config.get("quant_method", "none")

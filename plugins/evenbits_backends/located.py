@@ -81,7 +81,10 @@ def remote_headers(repository: str, revision: str) -> CheckpointHeaders:
                 continue
         files = api.get_safetensors_metadata(repository, revision=revision).files_metadata
     except NotASafetensorsRepoError:
-        raise TrialFailed(f"{named}: no *.safetensors (what is pickled has to be converted)") from None
+        raise TrialFailed(
+            f"{named}: no model.safetensors and no index of its parts; where its weights are safetensors of another "
+            "name, fetch it and give the folder's path; what is pickled has to be converted"
+        ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise TrialFailed(_unreachable(repository, revision)) from None
     except Exception as error:  # the hub's library takes one HTTP library or another, each with errors of its own

@@ -14,6 +14,7 @@ from evenbits.artifact import dense_layer
 from evenbits.compressor import Fold, LayerShape, PackedLayer, Role, Shared
 from evenbits.errors import TrialFailed
 from evenbits.models import read_tensor, torch_dtype
+from evenbits.restoring import named_failure
 from evenbits.shapes import Inventory, StoredTensor, read_config, read_inventory
 from evenbits_backends.layout import layout, recognise
 from evenbits_backends.reading import FLOATS, CheckpointFolder
@@ -98,13 +99,14 @@ class StoredCheckpoint:
     def rest(self) -> Mapping[str, Tensor]:
         """What differs from the base model outside the layers: norms, biases, embeddings, a head.
 
-        An embedding or a head that was quantized is decoded: it is stored dense, and so billed for more than it takes.
-        Raises TrialFailed as `verify` does.
+        An embedding or a head that was quantized is decoded, and checked as a layer is: it is stored dense, and so
+        billed for more than it takes. Raises TrialFailed as `verify` and `check` do.
         """
         self.verify()
         changed: dict[str, Tensor] = {}
         for stored in self._inventory.rest:
-            ours, theirs = read_tensor(stored), self._rest_tensor(stored)
+            ours = read_tensor(stored)
+            theirs = self.folder.tensor(stored.name) if self._is_dense(stored) else self._decoded(stored, ours)
             if not torch.equal(ours.to(self._dtype), theirs.to(self._dtype)):
                 changed[stored.name] = theirs
         return changed
@@ -133,13 +135,14 @@ class StoredCheckpoint:
             else:
                 raise TrialFailed(f"{self.folder.path}: no tensor {stored.name!r}, which the base model has")
 
-    def _rest_tensor(self, stored: StoredTensor) -> Tensor:
-        if self._is_dense(stored):
-            return self.folder.tensor(stored.name)
+    def _decoded(self, stored: StoredTensor, dense: Tensor) -> Tensor:
         shape = _as_layer(stored)
         roles = self.layout.roles(shape, self.facts)
         tensors = {name: self.folder.tensor(f"{shape.name}.{name}") for name in roles}
-        return self.layout.decode(tensors, shape, self.facts)
+        with named_failure(shape.name):
+            weight = self.layout.decode(tensors, shape, self.facts)
+            self.check(shape, dense.float(), weight)
+        return weight
 
     def _known_names(self) -> Iterator[str]:
         for shape, _ in self._inventory.layers:

@@ -9,11 +9,6 @@ WORD = 32
 _AT_A_TIME = 1 << 22  # codes unpacked at once: on the way each takes 8 bytes, and there are several of it
 
 
-def words(count: int, bits: int) -> int:
-    """int32 words that `count` codes fill, none of their bits wasted."""
-    return -(-count * bits // WORD)
-
-
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """(rows, words) int32 -> (rows, count) uint8: code i lies in the bits i * bits and up of its row.
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 # Gaussians that have nothing to do with each other have an error of 2, a weight rounded to zeros one of 1
 UNRELATED = 1.0
+# Share of the error's energy that one offset of all weights explains. Rounding by any of the layouts, also with levels
+# that are not around zero: below 0.02. Zero points read one too low or too high: 0.6 and more, at every width.
+OFFSET = 0.3
+FEWEST = 256  # weights: of fewer, chance makes an offset
 RESCALING = ("awq", "compressed_tensors")  # layouts of methods that may move scales into the norms
 
 
@@ -51,7 +55,7 @@ class Published(CheckpointCompressor):
 
 class PublishedCheckpoint(StoredCheckpoint):
     """Nobody ran its library here, and what it was tuned with is not known: a layer is taken unless its weight has
-    nothing to do with the base model's."""
+    nothing to do with the base model's, or lies beside it as a whole."""
 
     def __init__(self, folder: Path, base: Path, dtype: str) -> None:
         super().__init__(folder, base, dtype, Claim("the checkpoint", calibrated=True))
@@ -61,11 +65,19 @@ class PublishedCheckpoint(StoredCheckpoint):
 
     def check(self, shape: LayerShape, weight: Tensor, restored: Tensor, moment: Tensor | None = None) -> Fold | None:
         fold = rescaled(weight, restored) if self._rescales else None
-        error = relative_error(weight, restored if fold is None else unfolded(restored, fold))
+        compared = restored if fold is None else unfolded(restored, fold)
+        error = relative_error(weight, compared)
         if not error <= UNRELATED:
             raise TrialFailed(
                 f"{shape.name}: its relative squared error to the base model's weight is {error:.3g}, where a weight "
                 f"of zeros has {UNRELATED:g}: another model's checkpoint, or one that is decoded wrongly"
+            )
+        apart = compared.double() - weight.double()
+        share = float(apart.mean().square() / apart.square().mean().clamp_min(1e-30))
+        if share > OFFSET and weight.numel() >= FEWEST:
+            raise TrialFailed(
+                f"{shape.name}: all its weights lie to one side of the base model's ({share:.0%} of its error is one "
+                f"offset, {OFFSET:.0%} allowed): its zero points are not those of the format that its config names"
             )
         return fold
 

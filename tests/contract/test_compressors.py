@@ -13,6 +13,7 @@ import pytest
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from evenbits.budget import BitBudget
 from evenbits.compressor import (
@@ -34,7 +35,7 @@ from evenbits.compressor import (
     TensorReader,
     TensorWriter,
 )
-from evenbits.errors import SuiteError
+from evenbits.errors import SuiteError, TrialFailed
 from evenbits.foreign import CheckpointCompressor
 from evenbits.plugins import load_plugins
 from evenbits.testing import (
@@ -404,6 +405,21 @@ def test_options_without_a_hash_are_fitted() -> None:
         fitted.run()
 
 
+def test_settings_that_are_all_refused_are_not_passed() -> None:
+    class Refuses(Byte):
+        def compress(self, *given: Any) -> PackedLayer:
+            raise TrialFailed("too narrow")
+
+    def make(options: Any) -> LayerCompressor:
+        return Refuses() if options.table else Byte()
+
+    chosen = Tabled(table={"low": 1})
+    plain = descriptor(make, options=Tabled, fit=lambda b, s, f: fit_byte(b, s, f) and chosen)
+    (fitted,) = (check for check in CompressorContract(plain).checks() if check.name == "fitted")
+    with pytest.raises(NotApplicable, match="64x172 matrix is refused at each setting that fit chooses: too narrow"):
+        fitted.run()
+
+
 class Elsewhere(CheckpointCompressor):
     pass
 
@@ -422,6 +438,34 @@ def test_a_detached_restore_is_caught() -> None:
     broken = descriptor(lambda options: Detached(), predict=predict_half)
     with pytest.raises(AssertionError, match="not differentiable"):
         check_tunable(broken, HalfOptions(), make_case(8, 16))
+
+
+def test_what_is_tunable_may_be_empty() -> None:
+    class Outliers(Half):
+        """Weights above 1 in full: a matrix of small Gaussians has none."""
+
+        def compress(self, weight: Tensor, *given: Any) -> PackedLayer:
+            tensors = {"scale": weight.half(), "kept": weight[weight > 1], "place": (weight.flatten() > 1).nonzero()}
+            return PackedLayer(tensors, {"scale": Role.SCALE, "kept": Role.KEPT, "place": Role.CODE})
+
+        def restore(self, packed: PackedLayer, layer: LayerShape, shared: Shared | None) -> Tensor:
+            place = packed.tensors["place"].flatten()
+            return (
+                packed.tensors["scale"]
+                .float()
+                .flatten()
+                .index_put((place,), packed.tensors["kept"])
+                .view_as(packed.tensors["scale"])
+            )
+
+        def tunable(self, packed: PackedLayer, shared: Shared | None) -> dict[str, Tensor]:
+            return {name: packed.tensors[name] for name in ("scale", "kept")}
+
+    plain = descriptor(lambda options: Outliers(), predict=predict_half)
+    case = make_case(8, 16)
+    check_tunable(plain, HalfOptions(), case)
+    case.weight[2, 3] = 5.0
+    check_tunable(plain, HalfOptions(), case)
 
 
 class ByteBlock(BlockCompressor):
@@ -460,7 +504,33 @@ class ByteWhole:
                 writer.write(name, tensor, None)
 
     def restore(self, reader: TensorReader) -> nn.Module:
+        tensors = reader.tensors()
+        model: nn.Module = AutoModelForCausalLM.from_config(reader.config)
+        steps = {name: tensors.get(f"{name}.step", torch.ones(1)) for name, _ in model.named_parameters()}
+        state = {name: tensors[name].float() * step for name, step in steps.items() if name in tensors}
+        model.load_state_dict(state, strict=False)  # tied ones are there once
+        return model
+
+
+class NeverRestored(ByteWhole):
+    def restore(self, reader: TensorReader) -> nn.Module:
         raise NotImplementedError
+
+
+class DrawnAgain(ByteWhole):
+    def restore(self, reader: TensorReader) -> nn.Module:
+        return AutoModelForCausalLM.from_config(reader.config)  # type: ignore[no-any-return]
+
+
+def test_a_model_compressor_must_restore() -> None:
+    def run(make: type[ByteWhole]) -> None:
+        whole = CompressorContract(replace(descriptor(), make=lambda options: make()), fitted=False)
+        next(check for check in whole.checks() if check.name == "model").run()
+
+    with pytest.raises(NotImplementedError):
+        run(NeverRestored)
+    with pytest.raises(AssertionError, match="two restored models of one artifact differ"):
+        run(DrawnAgain)
 
 
 def test_block_and_model_compressors_go_through_the_driver() -> None:

@@ -126,6 +126,7 @@ TEXT = """# summary: Two libraries
 one[extra]==1.2; python_version >= "3.8"  # why
 --find-links https://example.org/wheels
 two @ https://example.org/two-1.0-py3-none-any.whl#sha256=00
+three @ git+https://example.org/three@0123456789012345678901234567890123456789
 """
 
 
@@ -142,7 +143,7 @@ def test_a_declaration_is_a_requirements_file(tmp_path: Path) -> None:
     assert found.imports == ("one", "two.three")
     assert found.device == "cuda"
     assert found.variables == {"ONE_THREADS": "2", "ONE_FLAGS": "a=b"}
-    assert list(found.pins()) == ["one", "two"]
+    assert list(found.pins()) == ["one", "two", "three"]
     assert found.requirements[2].endswith("#sha256=00")  # a comment begins after a blank
 
 
@@ -172,6 +173,8 @@ def test_the_digest_is_of_what_decides_a_result(tmp_path: Path) -> None:
         ("# python: three", "no range of versions"),
         ("# device: tpu", "neither any nor cuda"),
         ("# set: NAME", "NAME=VALUE"),
+        ("# set: =1", "NAME=VALUE"),
+        ("one @ git+https://example.org/one@main", "not pinned: give a commit after @"),
     ],
 )
 def test_what_is_no_declaration_is_told(line: str, message: str, tmp_path: Path) -> None:
@@ -230,6 +233,18 @@ def test_made_checked_and_removed(tool: Any, gauge: Environment, root: Path) -> 
     assert not list(root.glob("*/gauge-*"))
     with pytest.raises(SuiteError, match="evenbits_gauge:gauge is not made: nothing to remove"):
         remove(PLUGIN, "gauge")
+
+
+def test_wheels_stay_for_what_is_being_made(gauge: Environment, root: Path) -> None:
+    folder, wheels = pretend(gauge), root / "wheels"
+    being_made = root / PLUGIN / f"gpu-{gauge.digest}"
+    for one in (wheels, being_made):
+        one.mkdir()
+    remove(PLUGIN, "gauge")
+    assert wheels.is_dir()
+    assert not folder.exists()
+    remove(PLUGIN, "gpu")
+    assert not wheels.exists()
 
 
 def test_a_failed_install_is_one_line_and_leaves_nothing(root: Path) -> None:
@@ -385,7 +400,7 @@ def test_without_a_wheel_of_torch_for_the_cpu_nothing_is_fetched(
 # -- the command ------------------------------------------------------------------------------------------------
 
 
-def test_the_command(gauge: Environment, root: Path) -> None:
+def test_the_command(gauge: Environment, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from evenbits.cli import app
 
     def env(*arguments: str, code: int = 0) -> str:
@@ -408,6 +423,9 @@ def test_the_command(gauge: Environment, root: Path) -> None:
         CliRunner().invoke(app, ["env", "remove", "gague"], catch_exceptions=False)
     with pytest.raises(SuiteError, match="give names, or --all"):
         CliRunner().invoke(app, ["env", "create"], catch_exceptions=False)
+    read = ([], ["mine.txt:3: 'one' is not pinned"])  # of all plugins': none of theirs is made here
+    monkeypatch.setattr("evenbits.environment_files.declared_environments", lambda registry: read)
+    assert "failed: mine.txt:3: 'one' is not pinned" in env("create", "--all", code=1)
 
 
 # -- workers ----------------------------------------------------------------------------------------------------

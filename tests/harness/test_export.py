@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tests.harness.exported import REGISTRY, logits, make_artifact, read_stream, restored_weights
 from torch import Tensor
@@ -230,12 +232,19 @@ def test_what_readers_round_is_measured_and_bounded(tmp_path: Path, monkeypatch:
     assert not again.exists()
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_in_use_or_refused_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make_artifact(tmp_path, "rtn", {"bits": 4})
     with pytest.raises(SuiteError, match="there is something already"):
         export(source, "dense", source, REGISTRY)
     with pytest.raises(SuiteError, match=r"config\.json/out: cannot be made \(Not a directory\); give --out"):
         export(source, "dense", source / "config.json" / "out", REGISTRY)
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error, said in ((full, "No space left"), (PermissionError(13, "Permission denied"), "Permission denied")):
+        monkeypatch.setattr("evenbits.export_folder.save_file", Mock(side_effect=error))
+        with pytest.raises(SuiteError, match=rf"^\S+out: cannot be written \(.*{said}"):
+            export(source, "dense", tmp_path / "out", REGISTRY)
+        assert not list(tmp_path.glob("*out*"))
+    monkeypatch.undo()
     (tmp_path / "empty").mkdir()
     assert export(source, "dense", tmp_path / "empty", REGISTRY).folder == tmp_path / "empty"
 

@@ -72,6 +72,7 @@ def test_a_worker_gets_the_tokens_that_its_method_is_known_by(model: Path, tmp_p
         ("{", "worker.py: its result.json is no JSON"),
         ("[]", 'worker.py: its result.json is no object with "versions" by distribution'),
         ('{"versions": "7.6.0"}', 'worker.py: its result.json is no object with "versions" by distribution'),
+        ('{"versions": {"torch": 2}}', 'worker.py: its result.json is no object with "versions" by distribution'),
     ],
 )
 def test_facts_that_do_not_read_are_one_line(result: str, message: str, model: Path, tmp_path: Path) -> None:

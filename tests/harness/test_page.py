@@ -228,6 +228,27 @@ def test_a_trial_has_its_bytes_seeds_protocols_and_command(page: Page, table: Ta
     assert page.find("b", class_="parted")[1].startswith("</script>")
 
 
+@pytest.mark.parametrize(
+    ("paper", "words"),
+    [
+        (2.0, "Its files take 2.000 bits a weight, and paper bits say 2.000."),
+        (1.6, "Its files take 0.400 bits a weight (25.0%) more than paper bits say."),
+        (2.5, "Its files take 0.500 bits a weight (20.0%) fewer than paper bits say."),
+    ],
+)
+def test_what_is_stored_is_set_against_what_is_claimed(paper: float, words: str, tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    trials.add("dense", accuracy(np.ones(3)))
+    trials.add("checkpoint", accuracy(np.ones(3)))
+    dense, record = sorted(trials.records, key=lambda record: record.method != "dense")
+    assert record.ledger is not None
+    bits = record.ledger.bits.model_copy(update={"paper": paper})
+    claimed = record.model_copy(update={"ledger": record.ledger.model_copy(update={"bits": bits})})
+    found = Page(render_page(gather([dense, claimed]), command=COMMAND))
+    said = [text for text in found.find("p", class_="quiet") if "paper bits" in text]
+    assert said[-1:] == [words]
+
+
 def test_the_plot_without_scripts_keeps_what_is_far_off_at_the_edge(page: Page) -> None:
     assert len(page.find("svg", class_="plot")) == 2
     assert [one for one in page.find("text", class_="off") if one.endswith("↑")]  # kmeans, 148 times the dense model's

@@ -94,6 +94,12 @@ def test_a_model_stored_whole(tmp_path: Path, kind: Any) -> None:
     assert torch.equal(logits(model), logits(load(folder)))
     asked = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(TOKENS, **asked), load(folder).generate(TOKENS, **asked))
+    narrow = from_pretrained(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+    expected = load(folder)
+    for parameter in expected.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    assert torch.equal(logits(narrow), logits(expected))
 
 
 def test_what_evenbits_opens_itself_is_an_ordinary_model(tmp_path: Path) -> None:
@@ -126,8 +132,9 @@ def test_what_goes_wrong_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = from_pretrained(folder)
     with pytest.raises(SuiteError, match=r"^save_pretrained cannot write .* copy the folder .*--format dense`$"):
         model.save_pretrained(tmp_path / "saved")
-    with pytest.raises(SuiteError, match="one device"):
-        from_pretrained(folder, device_map={"model": "cpu", "lm_head": "disk"})
+    for devices in ({"model": "cpu", "lm_head": "cuda:0"}, {"": "disk"}, "meta"):
+        with pytest.raises(SuiteError, match="one device"):
+            from_pretrained(folder, device_map=devices)
     with monkeypatch.context() as patched:
         lacking = plugins_module.load_plugins()
         del lacking.compressors["rtn"]

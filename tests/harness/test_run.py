@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -245,6 +246,47 @@ def test_a_child_that_was_being_started_is_stopped(tmp_path: Path, monkeypatch: 
     outcome = executor.run(cast(Any, job), tmp_path / "log.txt", lambda *_: None)
     assert outcome.failure is not None
     assert (outcome.failure.kind, outcome.failure.signal) == ("signal", "SIGKILL")
+
+
+class Sleeping:
+    """A child as the executor watches one: a process that does nothing, and what is said in its name."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        self.pid = self.process.pid
+        self.sentinel, self._ends = Pipe(duplex=False)
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    def join(self, seconds: float) -> None:
+        self.process.wait(seconds)
+
+
+@pytest.mark.parametrize("prepares", [True, False])
+def test_what_is_prepared_for_all_trials_is_within_no_limit(prepares: bool) -> None:
+    """An environment takes minutes to make; the time of the stage counts from then on."""
+    child, (receiver, sender) = Sleeping(), Pipe(duplex=False)
+    limits = SimpleNamespace(timeout_seconds=0.4, memory_gib=None)
+    job: Any = SimpleNamespace(stage="compress", trial=SimpleNamespace(limits=limits))
+
+    def report(done: int, total: int, what: str) -> None:
+        time.sleep(1.0)
+        sender.send(("limits", True))
+        sender.send(("result", what))
+
+    sender.send(("limits", not prepares))
+    sender.send(("progress", (0, 0, "environment")))
+    try:
+        final, _, failure = LocalExecutor()._watch(child, receiver, job, report, time.monotonic())
+    finally:
+        child.process.kill()
+        child.process.wait()
+    if prepares:
+        assert (final, failure) == (("result", "environment"), None)
+    else:
+        assert failure is not None
+        assert (final, failure.kind) == (None, "timeout")
 
 
 def test_a_display_that_fails_leaves_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

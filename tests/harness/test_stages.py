@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch.nn.functional import log_softmax
 
 from evenbits import stages
+from evenbits.environment_files import Environment
+from evenbits.environments import Made
 from evenbits.job import Job, StageResult
 from evenbits.manifest import MANIFEST, read_manifest
 from evenbits.models import open_model
@@ -19,6 +22,7 @@ from evenbits.plan import Plan, Trial, make_plan
 from evenbits.plugins import load_plugins
 from evenbits.subject import load_artifact
 from evenbits.suite import Suite, check_suite
+from evenbits.suite_spec import Limits
 from evenbits.testing import tiny_model, tiny_text, tiny_tokens
 
 PLUGIN = '''
@@ -94,6 +98,34 @@ def run(trial: Trial, tmp_path: Path, stage: Any) -> StageResult:
     result = stages.run_stage(job, lambda done, total, what: seen.append(what))
     assert seen
     return result
+
+
+def test_an_environment_is_made_beforehand(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where something is left to compress; the worker has the threads of its stage, not a share of them."""
+    environment = Environment("gauge", "evenbits_gauge", tmp_path / "gauge.txt", ())
+    trial = replace(plan.trials[2], environment=environment, limits=Limits(workers=2))
+    made: list[Environment] = []
+
+    def make(asked: Environment, *, say: Any) -> Made:
+        say("making it")
+        made.append(asked)
+        return Made(tmp_path)
+
+    monkeypatch.setattr(stages, "make", make)
+    job = Job("compress", trial, tmp_path / "artifacts", tmp_path / "cache")
+    told: list[str] = []
+    stages.prepare(job, lambda done, total, what: told.append(what))
+    assert (made, told) == ([environment], ["environment gauge"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # what is left once the stage is limited
+    launch = stages._launch(job, lambda *_: None)
+    assert launch is not None
+    assert launch.threads == 3
+    folder = tmp_path / "artifacts" / trial.chain[0]
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).touch()
+    for later in (job, replace(job, stage="evaluate")):
+        stages.prepare(later, lambda *_: None)
+    assert len(made) == 2
 
 
 def test_a_recovery_stage_follows_a_method_and_the_dense_model(plan: Plan, tmp_path: Path) -> None:

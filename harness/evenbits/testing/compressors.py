@@ -67,7 +67,7 @@ class CompressorContract:
             listed.append(("fitted", "the settings that fit chooses store what predict says", self._fitted))
         listed += [
             ("cuda", "on a GPU: deterministic, and decoded as on the CPU", self._cuda),
-            ("model", "over a tiny model: the same files twice, of the predicted size", self._model),
+            ("model", "over a tiny model: the same files twice, of the predicted size, and it runs", self._model),
         ]
         return [Check(*each) for each in listed]
 
@@ -248,13 +248,18 @@ class CompressorContract:
             raise NotApplicable("fit returns nothing to look at: see the check fit")
         case = self.runs.case(*FITTED_SHAPE)
         found = self._found_or_none()  # not a set of them: options that hold a dict have no hash
-        for number, setting in enumerate(found):
-            if setting == self.options or setting in found[:number]:
-                continue
+        others = [one for number, one in enumerate(found) if one != self.options and one not in found[:number]]
+        refused: list[str] = []
+        for setting in others:
             ran = try_case(self.descriptor, setting, case)
-            if not isinstance(ran.error, TrialFailed):
-                check_prediction(self.descriptor, setting, case, exact=self.exact, ran=ran)
-                check_restore(self.descriptor, setting, case, ran=ran)
+            if isinstance(ran.error, TrialFailed):
+                refused.append(str(ran.error))
+                continue
+            check_prediction(self.descriptor, setting, case, exact=self.exact, ran=ran)
+            check_restore(self.descriptor, setting, case, ran=ran)
+        if others and len(refused) == len(others):
+            size = "x".join(map(str, FITTED_SHAPE))
+            raise NotApplicable(f"a {size} matrix is refused at each setting that fit chooses: {refused[0]}")
 
     def _cuda(self) -> None:
         from evenbits.testing.cases import SHAPES

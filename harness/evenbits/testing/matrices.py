@@ -108,7 +108,8 @@ def check_tunable(descriptor: Compressor, options: Options, case: Case, *, ran: 
     for name, tensor in tunable.items():
         assert name in stored, f'{descriptor.name}: tunable {name!r} is not stored (shared ones are "shared/NAME")'
         assert tensor.is_floating_point(), f"{descriptor.name}: tunable {name!r} is {tensor.dtype}: only floats train"
-    leaves = {name: tensor.detach().float().requires_grad_() for name, tensor in tunable.items()}
+    # of no entry, such as outliers of a matrix that has none: no gradient is to be had
+    leaves = {name: tensor.detach().float().requires_grad_() for name, tensor in tunable.items() if tensor.numel()}
     if not leaves:
         return
     inner = {name: leaves.get(name, tensor) for name, tensor in packed.tensors.items()}

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from evenbits.artifact import Artifact, ArtifactWriter
-from evenbits.compressor import Compressor, LayerCompressor, LayerShape, Options, PackedLayer, meta_bytes
+from evenbits.compressor import (
+    AnyCompressor,
+    Compressor,
+    LayerCompressor,
+    LayerShape,
+    Options,
+    PackedLayer,
+    meta_bytes,
+)
 from evenbits.driver import Driver, Work
 from evenbits.foreign import Launch
 from evenbits.manifest import Manifest, StoredLayer
@@ -19,6 +27,7 @@ from evenbits.shapes import read_inventory
 from evenbits.subject import restore_state
 from evenbits.testing.cases import untouched_randomness
 from evenbits.tiny import tiny_model, tiny_tokens
+from evenbits.whole import restore_whole
 
 
 def manifest_facts(descriptor: Compressor, options: Options, dtype: str = "float32") -> dict[str, Any]:
@@ -77,7 +86,8 @@ def check_model(
     device: str = "cpu",
     launch: Launch | None = None,
 ) -> None:
-    """Through the driver, over a tiny Llama: the same files twice, the predicted bytes, a model that runs."""
+    """Through the driver, over a tiny Llama: the same files twice, the predicted bytes, a model that is restored and
+    runs, whatever form it is stored in."""
     # other libraries' kernels and groups want widths that are multiples of 128
     width, inner = (64, 172) if launch is None else (128, 256)
     base = tiny_model(folder / "model", "llama", hidden=width, intermediate=inner)
@@ -100,13 +110,22 @@ def check_model(
     predicted = descriptor.predict(options, shapes).linear_bytes
     right = count == predicted if exact else count <= predicted
     assert right, f"{descriptor.name}: predict says {predicted} bytes for a model, stored are {count}"
-    compressor = descriptor.make(options)
-    if not isinstance(compressor, LayerCompressor):
-        return
-    model = build_model(folder / "first", restore_state(artifact, compressor), "float32")
-    with torch.no_grad():
-        logits = model(input_ids=tokens[:1]).logits
+    logits, again = (_logits(artifact, descriptor.make(options), tokens[:1]) for _ in range(2))
     assert bool(torch.isfinite(logits).all()), f"{descriptor.name}: the restored model's logits are not finite"
+    assert torch.equal(logits, again), (
+        f"{descriptor.name}: two restored models of one artifact differ: compute from stored tensors and options alone"
+    )
+
+
+@torch.no_grad()
+def _logits(artifact: Artifact, compressor: AnyCompressor, tokens: Tensor) -> Tensor:
+    model: Any
+    if isinstance(compressor, LayerCompressor):
+        model = build_model(artifact.folder, restore_state(artifact, compressor), "float32")
+    else:
+        model = restore_whole(artifact, compressor)
+    found: Tensor = model(input_ids=tokens).logits
+    return found
 
 
 def stored_bytes(artifact: Artifact) -> int:

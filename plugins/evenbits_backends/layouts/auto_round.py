@@ -1,6 +1,7 @@
 """AutoRound's own format: GPTQ's tensors without an index of columns, or AWQ's, by the packing that the config names.
 
-"auto_round:auto_gptq" (symmetric) stores zero points one too low, "auto_round" (asymmetric) as they are.
+"auto_round:auto_gptq" (symmetric) stores zero points one too low; "auto_round" (asymmetric) as they are, and so does
+"auto_round:gptqmodel".
 Source: github.com/intel/auto-round 0.16; arXiv:2309.05516 for the method.
 """
 
@@ -16,7 +17,8 @@ from evenbits_backends.layout import Grid, Layout, layout
 if TYPE_CHECKING:
     from torch import Tensor
 
-PACKINGS = {"auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto_round": 0}  # -> what a stored zero point lacks
+# -> what a stored zero point lacks
+PACKINGS = {"auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto_round": 0, "auto_round:gptqmodel": 0}
 AWQ = ("auto_round:auto_awq", "auto_round:awq")
 BITS = (2, 3, 4, 8)
 

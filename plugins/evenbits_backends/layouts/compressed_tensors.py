@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from evenbits.compressor import LayerShape, Role
 from evenbits.errors import TrialFailed
 from evenbits_backends.layout import Grid
-from evenbits_backends.layouts.gptq import require_shapes
+from evenbits_backends.layouts.gptq import require_shapes, words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,12 +67,12 @@ class CompressedTensors:
         scales, groups = _scales(shape, scheme)
         packed = not scheme.get("naive")
         found = {
-            Role.CODE: 4 * rows * _words(columns, bits) if packed else rows * columns,
+            Role.CODE: 4 * rows * words(columns, bits) if packed else rows * columns,
             Role.SCALE: WIDTHS[shape.dtype] * scales,
             Role.META: (16 if packed else 0) + (4 * columns if scheme.get("indexed") else 0),
         }
         if scheme.get("asymmetric"):
-            found[Role.ZERO] = 4 * _words(rows, bits) * groups if packed and scheme["group"] >= 0 else scales
+            found[Role.ZERO] = 4 * words(rows, bits) * groups if packed and scheme["group"] >= 0 else scales
         return {role: count for role, count in found.items() if count}
 
     def decode(self, tensors: Mapping[str, Tensor], shape: LayerShape, facts: Mapping[str, Any]) -> Tensor:
@@ -108,15 +108,21 @@ def _scheme(group: Mapping[str, Any], form: str) -> dict[str, Any]:
         raise TrialFailed(
             f"compressed_tensors: {bits} bits by {strategy} cannot be read; what can: 1 to 8 by {', '.join(STRATEGIES)}"
         )
+    size = {"group": weights.get("group_size"), "channel": 0, "tensor": -1}[strategy]
+    if not isinstance(size, int) or (strategy == "group" and size < 1):
+        raise TrialFailed(f"compressed_tensors: groups of {size!r} inputs cannot be read; what can: a number from 1 on")
+    targets = list(group.get("targets") or [])
+    for target in targets:
+        re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
     flags = {
         "naive": form != PACKED,
         "asymmetric": not weights.get("symmetric", True),
         "indexed": weights.get("actorder") in ("group", "dynamic", True),
     }
     return {
-        "targets": list(group.get("targets") or []),
+        "targets": targets,
         "bits": bits,
-        "group": {"group": weights.get("group_size"), "channel": 0, "tensor": -1}[strategy],
+        "group": size,
         **{name: True for name, is_so in flags.items() if is_so},  # what is not said is not so: every byte is billed
     }
 
@@ -142,10 +148,6 @@ def _by_class(name: str, target: str) -> bool:
     return target == "Linear"
 
 
-def _words(count: int, bits: int) -> int:
-    return -(-count * bits // 32)
-
-
 def _scales(shape: LayerShape, scheme: Mapping[str, Any]) -> tuple[int, int]:
     """Number of scales, and of groups of a row."""
     groups = -(-shape.in_features // scheme["group"]) if scheme["group"] > 0 else 1
@@ -161,13 +163,13 @@ def _decode_packed(tensors: Mapping[str, Tensor], shape: LayerShape, scheme: Map
         raise TrialFailed(f"{shape.name}: weight_shape is {stored}, not {(rows, columns)}")
     # in older files no code crosses into another word; that differs at 3, 5, 6 and 7 bits, and the width tells
     padded = -(-columns // (32 // bits))
-    narrow = tensors["weight_packed"].shape[-1] != padded or padded == _words(columns, bits)
-    require_shapes(tensors, {"weight_packed": (rows, _words(columns, bits) if narrow else padded)}, shape)
+    narrow = tensors["weight_packed"].shape[-1] != padded or padded == words(columns, bits)
+    require_shapes(tensors, {"weight_packed": (rows, words(columns, bits) if narrow else padded)}, shape)
     open_ = unpack if narrow else unpack_padded
     half = 2 ** (bits - 1)
     zeros = tensors.get("weight_zero_point")
     if zeros is not None and scheme["group"] >= 0:
-        count = _words(rows, bits) if narrow else -(-rows // (32 // bits))
+        count = words(rows, bits) if narrow else -(-rows // (32 // bits))
         require_shapes({"weight_zero_point": zeros}, {"weight_zero_point": (count, _scales(shape, scheme)[1])}, shape)
         zeros = open_(zeros.T.contiguous(), bits, rows).T.float() - half
     codes = open_(tensors["weight_packed"], bits, columns).float() - half

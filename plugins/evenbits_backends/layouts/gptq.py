@@ -53,6 +53,8 @@ class Gptq:
             for pattern, found in (config.get("dynamic") or {}).items()
             if not pattern.startswith("-")  # these layers are left dense, as the file shows
         }
+        for pattern in dynamic:
+            re.compile(pattern.removeprefix("+:"))
         for bits in {facts["bits"], *(found["bits"] for found in dynamic.values())}:
             if bits not in BITS:
                 raise TrialFailed(f"gptq: {bits} bits cannot be read; what can: {', '.join(map(str, BITS))}")
@@ -66,8 +68,8 @@ class Gptq:
         bits, group = self._of(shape, facts)
         groups = -(-shape.in_features // group)
         found = {
-            Role.CODE: 4 * _words(shape.in_features, bits) * shape.out_features,
-            Role.ZERO: 4 * groups * _words(shape.out_features, bits),
+            Role.CODE: 4 * words(shape.in_features, bits) * shape.out_features,
+            Role.ZERO: 4 * groups * words(shape.out_features, bits),
             Role.SCALE: 2 * groups * shape.out_features,
         }
         return {**found, Role.META: 4 * shape.in_features} if facts.get("g_idx", True) else found
@@ -102,8 +104,8 @@ def decode_gptq(tensors: Mapping[str, Tensor], shape: LayerShape, bits: int, gro
     rows, columns = shape.out_features, shape.in_features
     groups = -(-columns // (group or columns))
     expected = {
-        "qweight": (_words(columns, bits), rows),
-        "qzeros": (groups, _words(rows, bits)),
+        "qweight": (words(columns, bits), rows),
+        "qzeros": (groups, words(rows, bits)),
         "scales": (groups, rows),
     }
     require_shapes(tensors, expected, shape)
@@ -141,7 +143,8 @@ def _zeros(packed: Tensor, bits: int, count: int, offset: int) -> Tensor:
     return zeros.float()
 
 
-def _words(count: int, bits: int) -> int:
+def words(count: int, bits: int) -> int:
+    """int32 words that `count` codes fill, none of their bits wasted."""
     return -(-count * bits // 32)
 
 

@@ -26,7 +26,7 @@ class Torchao:
     name = "torchao"
 
     def facts(self, config: Mapping[str, Any]) -> dict[str, Any] | None:
-        """bits, group (0: a whole row), and the dtype of the scales where the file says it (else the model's)."""
+        """bits, group (0: a whole row), dtype of the scales (float32 where none is said: only predictions need it)."""
         if config.get("quant_method") != "torchao":
             return None
         kind = config.get("quant_type") or {}

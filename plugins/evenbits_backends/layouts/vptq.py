@@ -128,6 +128,10 @@ def _setting(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise TrialFailed(f"vptq: {name}: its entry in config_for_layers cannot be read ({error!r})") from None
+    for key, number in setting.items():
+        least = 1 if key in ("vector_len", "centroids", "groups") else 0
+        if not isinstance(number, int) or number < least:
+            raise TrialFailed(f"vptq: {name}: {key} {number!r} cannot be read; a number from {least} on can")
     for key, fine in (
         ("vector_quant_dim", given.get("vector_quant_dim", "out") == "out"),
         ("norm_dim", given.get("norm_dim", 0) in (0, None)),

@@ -30,7 +30,7 @@ class AutoRoundOptions(Options):
 
     bits: Literal[2, 3, 4, 8] = Field(default=4, description="bits per code")
     group_size: Literal[32, 64, 128, 256] | None = Field(
-        default=128, description="columns per scale, the last group may be short; none: one scale per row"
+        default=128, description="columns per scale, a divisor of every layer's; none: one scale per row"
     )
     symmetric: bool = Field(default=True, description="levels around zero; zero points are stored all the same")
     iters: int = Field(default=200, ge=0, description="steps a block; 0: plain rounding, without calibration")
@@ -42,8 +42,8 @@ class AutoRoundOptions(Options):
         return self
 
 
-def left_dense(shapes: ModelShapes) -> list[LayerShape]:
-    return [layer for layer in shapes.layers if layer.out_features % MULTIPLE or layer.in_features % MULTIPLE]
+def stays_dense(layer: LayerShape) -> bool:
+    return layer.out_features % MULTIPLE != 0 or layer.in_features % MULTIPLE != 0
 
 
 def predict(options: AutoRoundOptions, shapes: ModelShapes) -> Estimate:
@@ -54,12 +54,13 @@ def predict(options: AutoRoundOptions, shapes: ModelShapes) -> Estimate:
         "zero_offset": int(options.symmetric),
         "g_idx": False,
     }
-    dense = left_dense(shapes)
+    dense = [layer for layer in shapes.layers if stays_dense(layer)]
     return layout_estimate("auto_round", facts, shapes, float(options.bits), paper_bits(options, shapes), dense)
 
 
 def objection(options: AutoRoundOptions, shape: LayerShape) -> str | None:
-    if options.group_size and shape.in_features % options.group_size:
+    """It saves short groups, and then finds nothing that runs them."""
+    if options.group_size and shape.in_features % options.group_size and not stays_dense(shape):
         return f"{shape.name}: its {shape.in_features} columns are not whole groups of {options.group_size}"
     return None
 
@@ -73,7 +74,7 @@ def make(options: AutoRoundOptions) -> AnyCompressor:
     from evenbits_backends.adapter import Adapter
     from evenbits_backends.trust import Claim
 
-    return Adapter("autoround", options, Claim("auto-round", calibrated=options.iters > 0))
+    return Adapter("autoround", options, Claim("auto-round", calibrated=options.iters > 0), objection)
 
 
 def needs(options: AutoRoundOptions) -> Needs:

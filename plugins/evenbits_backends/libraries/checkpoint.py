@@ -30,7 +30,7 @@ class CheckpointOptions(Options):
         gt=0,
         le=32,
         description="bits a weight that it is said to have, shown as paper bits; by default those in its name, else in "
-        "its config",
+        "its config, else those of its codes",
     )
     content: str | None = Field(
         default=None,

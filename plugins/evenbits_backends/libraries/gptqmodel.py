@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from evenbits.budget import BitBudget
 from evenbits.compressor import Compressor, Estimate, LayerShape, ModelShapes, Needs, Options, Refusal
 from evenbits_backends.cost import layout_estimate
-from evenbits_backends.integers import fit_rounding, paper_bits
+from evenbits_backends.integers import expected_distortion, fit_rounding, paper_bits
 
 if TYPE_CHECKING:
     from typing import Self
@@ -102,7 +102,7 @@ def fit(budget: BitBudget, shapes: ModelShapes, fixed: Mapping[str, Any]) -> Gpt
             if not (aware and (fixed.get("desc_act") or fixed.get("group_size", 1) is None))
         ]  # fmt: skip
         fits = [options for options in found if not isinstance(options, Refusal)]
-        return min(fits, key=lambda options: options.group_size is None) if fits else found[0]
+        return min(fits, key=lambda options: expected_distortion(options, shapes)) if fits else found[0]
     return fit_rounding(GptqModelOptions, budget, shapes, fixed, predict, choices, objection)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 from tests.plugins.backends.wide_golden import NARROW, WIDE, read_golden
@@ -9,6 +12,8 @@ from tests.plugins.backends.wide_golden import NARROW, WIDE, read_golden
 from evenbits.budget import BitBudget
 from evenbits.compressor import LayerShape, ModelShapes, Role
 from evenbits.errors import TrialFailed
+from evenbits.foreign import Bench
+from evenbits_backends.adapter import Adapter
 from evenbits_backends.layouts.auto_round import LAYOUT
 from evenbits_backends.libraries.autoround import AutoRoundOptions, descriptor, fit, predict
 from evenbits_backends.trust import Claim, check_forward, check_weight
@@ -28,6 +33,10 @@ def test_the_librarys_own_file_decodes_to_what_its_layer_computes(name: str, sha
 
 def test_reads_the_packing_that_the_config_names() -> None:
     assert LAYOUT.facts(CONFIG) == {"bits": 4, "group": 32, "zero_offset": 1, "g_idx": False}
+    for packing in ("auto_round", "auto_round:gptqmodel"):
+        assert LAYOUT.facts({**CONFIG, "packing_format": packing}) == {
+            "bits": 4, "group": 32, "zero_offset": 0, "g_idx": False,
+        }  # fmt: skip
     awq = LAYOUT.facts({**CONFIG, "packing_format": "auto_round:auto_awq"})
     assert awq is not None
     assert LAYOUT.roles(NARROW, awq).keys() == {"qweight", "qzeros", "scales"}
@@ -58,3 +67,16 @@ def test_fit_and_needs() -> None:
     library = descriptor()
     assert library.needs_of(AutoRoundOptions(iters=0)).statistics == "none"
     assert library.needs_of(AutoRoundOptions()).statistics == "tokens"
+
+
+def test_groups_that_do_not_divide_are_refused_before_the_library_starts(tmp_path: Path) -> None:
+    """Of layers that it quantizes: one that it leaves dense has no groups."""
+    layers = (LayerShape("a", 0, "a", 64, 352), LayerShape("b", 0, "b", 172, 64), LayerShape("c", 0, "c", 64, 172))
+    adapter = descriptor().make(AutoRoundOptions(group_size=64, iters=0))
+    assert isinstance(adapter, Adapter)
+    bench = Bench(tmp_path, ModelShapes(layers, 1, 0), "float32", "cpu", 0, None, None, tmp_path)
+    with pytest.raises(TrialFailed, match=r"a: its 352 columns are not whole groups of 64"):
+        adapter.open(bench)
+    bench = replace(bench, shapes=ModelShapes(layers[1:], 1, 0))
+    with pytest.raises(TrialFailed, match=r"autoround\.py: no environment to run it in"):
+        adapter.open(bench)

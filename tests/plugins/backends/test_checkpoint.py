@@ -37,8 +37,9 @@ from evenbits.suite import read_suite
 from evenbits.suite_errors import check_options
 from evenbits.suite_spec import ModelSpec
 from evenbits.testing import compress_model, tiny_model, tiny_tokens
+from evenbits_backends.layout import recognise
 from evenbits_backends.libraries.checkpoint import CheckpointOptions, descriptor
-from evenbits_backends.located import snapshot
+from evenbits_backends.located import remote_headers, snapshot
 from evenbits_backends.trust import check_forward
 
 METHOD = descriptor()
@@ -240,17 +241,22 @@ def test_a_whole_run_and_its_report(published: dict[str, Small], suite: Callable
 # -- checkpoints that the adapters' libraries made ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [path.parent.name for path in sorted(GOLDEN.glob("*/outputs.safetensors"))])
-def test_what_a_library_made_is_read_to_its_own_outputs(name: str, tmp_path: Path) -> None:
-    """With what is outside the blocks, which golden ones lack: every layer computes as the library's own did."""
-    base, folder = GOLDEN / "dense", tmp_path / name
+def made_by_a_library(name: str, folder: Path) -> Small:
+    """With what is outside the blocks, which golden ones lack."""
+    base = GOLDEN / "dense"
     folder.mkdir()
     config = json.loads((base / "config.json").read_text()) | json.loads((GOLDEN / name / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config))
     outside = {key: tensor for key, tensor in load_file(base / "model.safetensors").items() if ".layers." not in key}
     save_file({**outside, **load_file(GOLDEN / name / "model.safetensors")}, folder / "model.safetensors")
-    given = options(folder)
-    compress_model(METHOD, given, base, tmp_path / "artifact")
+    return Small(folder)
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(GOLDEN.glob("*/outputs.safetensors"))])
+def test_what_a_library_made_is_read_to_its_own_outputs(name: str, tmp_path: Path) -> None:
+    """Every layer computes as the library's own did."""
+    given = options(made_by_a_library(name, tmp_path / name).folder)
+    compress_model(METHOD, given, GOLDEN / "dense", tmp_path / "artifact")
     artifact, compressor = Artifact(tmp_path / "artifact"), METHOD.make(given)
     assert isinstance(compressor, LayerCompressor)
     outputs = load_file(GOLDEN / name / "outputs.safetensors")
@@ -261,6 +267,15 @@ def test_what_a_library_made_is_read_to_its_own_outputs(name: str, tmp_path: Pat
         assert not stored.left_dense
         restored = compressor.restore(packed, stored.shape, artifact.shared)
         check_forward(stored.shape, restored, probe, outputs[stored.name])
+
+
+@pytest.mark.parametrize("name", ["gptqmodel-3", "gptqmodel-4"])
+def test_zero_points_of_the_other_format_are_found(name: str, tmp_path: Path) -> None:
+    """One level off is little of a weight's energy, and yet every weight is off to the same side."""
+    small = made_by_a_library(name, tmp_path / name)
+    small.configure(lambda config: config["quantization_config"].update(checkpoint_format="gptq_v2"))
+    with pytest.raises(TrialFailed, match=r"all its weights lie to one side of the base model's \([6-9]\d% of its"):
+        compress_model(METHOD, options(small.folder), GOLDEN / "dense", tmp_path / "artifact")
 
 
 # -- what is refused, in one line ---------------------------------------------------------------------------------
@@ -312,6 +327,31 @@ def test_a_checkpoint_that_is_not_whole_or_not_of_this_model(
     small.edit(change)
     with pytest.raises((TrialFailed, SuiteError), match=message) as caught:
         compress(base, small, tmp_path / "artifact")
+    assert "\n" not in str(caught.value)
+
+
+ENTRY = {"vector_lens": [-1, 8], "num_centroids": [-1, 64], "num_res_centroids": [-1, -1], "outlier_size": 0}
+
+
+@pytest.mark.parametrize("config", [
+    {"quant_method": "gptq", "bits": 4, "group_size": "128"},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:x": {"group_size": None}}},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {"+:(": {"bits": 8}}},
+    {"quant_method": "awq", "bits": 4, "group_size": "128"},
+    {"quant_method": "auto-round", "bits": 4, "act_bits": "16"},
+    {"quant_method": "compressed-tensors", "config_groups": ["x"]},
+    {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"strategy": "group"}}}},
+    {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["re:("], "weights": {}}}},
+    {"quant_method": "hqq", "quant_config": [4]},
+    {"quant_method": "vptq", "config_for_layers": ["x"]},
+    {"quant_method": "vptq", "config_for_layers": {"a": {**ENTRY, "vector_lens": [-1, "8"]}}},
+    {"quant_method": "vptq", "config_for_layers": {"a": {**ENTRY, "vector_lens": [-1, 0]}}},
+    {"quant_method": "vptq", "config_for_layers": {"a": {**ENTRY, "num_centroids": [-1, 0]}}},
+    {"quant_method": "vptq", "config_for_layers": {"a": {**ENTRY, "group_num": 0}}},
+], ids=lambda config: config["quant_method"])  # fmt: skip
+def test_a_malformed_config_is_one_line(config: dict[str, Any]) -> None:
+    with pytest.raises(TrialFailed, match=r"can(not)? be read") as caught:
+        recognise(config, "model")
     assert "\n" not in str(caught.value)
 
 
@@ -423,6 +463,19 @@ def test_a_head_of_its_own_beside_tied_embeddings(tmp_path: Path) -> None:
         compress(base, small, tmp_path / "three")
 
 
+def test_a_quantized_head_is_checked_as_a_layer_is(base: Path, copy: Callable[[str], Small], tmp_path: Path) -> None:
+    small = copy("aqlm")
+
+    def encode(tensors: dict[str, Tensor]) -> None:
+        parts, _ = aqlm(tensors.pop("lm_head.weight").float(), torch.Generator().manual_seed(0))
+        parts["codes"] = parts["codes"].flip(0)
+        tensors.update({f"lm_head.{name}": tensor for name, tensor in parts.items()})
+
+    small.edit(encode)
+    with pytest.raises(TrialFailed, match=r"lm_head: its relative squared error to the base model's weight is 1"):
+        compress(base, small, tmp_path / "artifact")
+
+
 # -- the hub ------------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +518,25 @@ def test_a_repository_that_is_not_here(base: Path) -> None:
     refused = METHOD.fit(BitBudget(4.0, 0.1), shapes, given)
     assert isinstance(refused, Refusal)
     assert message in refused.reason
+
+
+def test_weights_of_another_name_are_not_called_pickled(
+    published: dict[str, Small], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older checkpoints are gptq_model-4bit-128g.safetensors, which the hub reads no headers of."""
+    import huggingface_hub
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    class Api:
+        def hf_hub_download(self, repository: str, name: str, revision: str) -> str:
+            return str(published["aqlm"].folder / name)
+
+        def get_safetensors_metadata(self, repository: str, revision: str) -> None:
+            raise NotASafetensorsRepoError("not one")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(TrialFailed, match=r"no model\.safetensors .* of another name, fetch it and give the folder's"):
+        remote_headers("org/gptq_model-4bit-128g", COMMIT)
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from tests.plugins.backends.small_checkpoints import AQLM, vptq_config
+from tests.plugins.backends.wide_golden import GOLDEN
 
 from evenbits_backends.claimed import bits_in_config, bits_in_name
 
@@ -32,6 +34,12 @@ def test_names(name: str, bits: float | None) -> None:
     assert bits_in_name(name) == bits
 
 
+def torchao(name: str) -> dict[str, Any]:
+    config = json.loads((GOLDEN / f"torchao-{name}" / "config.json").read_text())
+    found: dict[str, Any] = config["quantization_config"]
+    return found
+
+
 @pytest.mark.parametrize(("config", "bits"), [
     ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 4),
     ({"quant_method": "awq", "w_bit": 3}, 3),
@@ -41,6 +49,8 @@ def test_names(name: str, bits: float | None) -> None:
     (AQLM, 3),
     (vptq_config({"a": (22, 20), "b": (8, 8)}), 2),
     ({"quant_method": "vptq"}, None),
+    (torchao("int8"), 8),
+    (torchao("intx3"), 3),  # of which each code takes a byte
     ({"quant_method": "fp8"}, None),
 ])  # fmt: skip
 def test_configs(config: dict[str, Any], bits: float | None) -> None:

@@ -74,12 +74,13 @@ def test_second_format_stores_zero_points_as_they_are() -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_zero_point_of_0_borrows_from_its_neighbour(bits: int) -> None:
     """GPTQModel lowers all zero points of a word in one subtraction."""
-    tensors, weight = encoded(64, 64, bits, 32, offset=0, least_zero=0)
+    tensors, weight = encoded(64, 1024, bits, 32, offset=0, least_zero=0)
     ones = sum(1 << at for at in range(0, 32, bits))
     stored = tensors["qzeros"].numpy().view(np.uint32).astype(np.int64)
+    # a 0 with a neighbour above it in its word
+    assert any((stored >> at & (2**bits - 1) == 0).any() for at in range(0, 32 - bits, bits))
     tensors["qzeros"] = torch.from_numpy(((stored - ones) & 0xFFFFFFFF).astype(np.uint32).view(np.int32))
-    assert (weight != 0).any()
-    assert torch.equal(decode_gptq(tensors, layer(64, 64), bits, 32, 1), weight)
+    assert torch.equal(decode_gptq(tensors, layer(64, 1024), bits, 32, 1), weight)
 
 
 def test_3_bits_lower_each_zero_point_by_itself() -> None:

@@ -182,6 +182,7 @@ def test_what_a_library_does_not_take_is_refused_with_the_reason(
         ("gptqmodel", {}, 3.8, (3, 32)),
         ("gptqmodel", {}, 4.35, (4, 128)),
         ("gptqmodel", {"group_size": None}, 4.33, (4, None)),
+        ("gptqmodel", {}, 3.28, (3, None)),  # 2 bits in groups of 16 fit too, and are far worse
         ("autoawq", {"clip": False}, 4.63, (4, 32)),
         ("autogptq", {}, 2.76, (2, 32)),
     ],

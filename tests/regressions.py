@@ -9,8 +9,9 @@
 Each fault is a change of the source text in a temporary copy of harness/ and plugins/ that stands first on
 PYTHONPATH. The suite then runs on a copy of the finished results, so that only what the fault reaches is computed
 again, and the gate has to exit 1 and name the row and what changed. `--unchanged N` runs the suite N times with seeds
-that the baseline does not have, each in a results folder of its own, and counts alarms: there must be none. Both
-resume where they were stopped, and write regressions.md and regressions.json into the work folder.
+that the baseline does not have, each in a results folder of its own, and counts alarms: there must be none;
+`--judge-only` runs nothing, and holds the nights that are there to the baseline. All resume where they were stopped,
+and write regressions.md and regressions.json into the work folder, which keep what was found before: nights by seed.
 
 `--rows LABEL ...` cuts suite and baseline to these rows, for a first look.
 """
@@ -25,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -34,6 +35,8 @@ from typing import Any
 from evenbits.gate_baseline import read_baseline, write_snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
+
+Night = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -240,28 +243,35 @@ def gate(baseline: Path, results: Path, folder: Path) -> subprocess.CompletedPro
     return evenbits("gate", baseline, "--results", results, *files, log=folder / "gate.txt")
 
 
-def unchanged(count: int, first: int, suite: Path, baseline: Path, work: Path) -> list[dict[str, Any]]:
+def unchanged(seeds: Sequence[int], suite: Path, baseline: Path, work: Path, *, run: bool = True) -> Iterator[Night]:
     """Nights of the source as it is, each with a seed of its own."""
-    found = []
-    for seed in range(first, first + count):
+    for seed in seeds:
         folder = work / f"unchanged-{seed}"
         results = folder / "results"
-        arguments = "run", suite, "--seed", str(seed), "--results", results, "--no-report"
-        ran = evenbits(*arguments, log=folder / "run.txt")
+        ended = 0
+        if run:
+            arguments = "run", suite, "--seed", str(seed), "--results", results, "--no-report"
+            ended = evenbits(*arguments, log=folder / "run.txt").returncode
         gated = gate(baseline, results, folder)
         headline = next(iter(gated.stdout.splitlines()), gated.stderr.strip())
-        print(f"seed {seed}: run {ran.returncode}, gate {gated.returncode}: {headline}", flush=True)
-        found.append({"seed": seed, "run": ran.returncode, "gate": gated.returncode, "said": headline})
-        if ran.returncode == 0:
+        commit = re.search(r"; commit .* now ([0-9a-f]+)", gated.stdout)
+        print(f"seed {seed}: run {ended}, gate {gated.returncode}: {headline}", flush=True)
+        if ended == 0:
             shutil.rmtree(results / "artifacts", ignore_errors=True)  # the records are what is judged
-    return found
+        yield {
+            "seed": seed, "run": ended, "gate": gated.returncode, "said": headline,
+            "commit": commit[1] if commit else "unknown",
+        }  # fmt: skip
 
 
 def write_summary(work: Path, found: Mapping[str, Any]) -> None:
-    """What was planted and caught, and how many unchanged nights raised an alarm; earlier parts are kept."""
+    """What was planted and caught, and how many unchanged nights raised an alarm; earlier parts and nights are kept."""
     path = work / "regressions.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     now = {**before, **found}
+    if "unchanged" in found:
+        by_seed = {night["seed"]: night for night in [*before.get("unchanged", []), *found["unchanged"]]}
+        now["unchanged"] = [by_seed[seed] for seed in sorted(by_seed)]
     path.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n")
     told = f"`tests/regressions.py --finished RESULTS --work WORK`, then `--unchanged N --work WORK`; {date.today()}."
     lines = ["# The gate against planted faults and unchanged nights", "", told, ""]
@@ -273,8 +283,10 @@ def write_summary(work: Path, found: Mapping[str, Any]) -> None:
             lines.append(f"| {one['fault']} | {verdict} | {first} |")
     if now.get("unchanged"):
         alarms = sum(one["gate"] == 1 for one in now["unchanged"])
-        seeds = ", ".join(str(one["seed"]) for one in now["unchanged"])
-        lines += ["", f"{len(now['unchanged'])} unchanged nights (seeds {seeds}): {alarms} with an alarm."]
+        lines += ["", f"{len(now['unchanged'])} unchanged nights: {alarms} with an alarm."]
+        for commit in sorted({one["commit"] for one in now["unchanged"]}):
+            seeds = ", ".join(str(one["seed"]) for one in now["unchanged"] if one["commit"] == commit)
+            lines.append(f"- code of {commit}: seeds {seeds}")
         lines += [f"- seed {one['seed']}: {one['said']}" for one in now["unchanged"] if one["gate"]]
     (work / "regressions.md").write_text("\n".join(lines) + "\n")
 
@@ -290,14 +302,20 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", metavar="LABEL", help="cut suite and baseline to these entries")
     parser.add_argument("--unchanged", type=int, metavar="N", help="run N unchanged nights instead")
     parser.add_argument("--first-seed", type=int, default=100, help="of the unchanged nights")
+    parser.add_argument(
+        "--judge-only", action="store_true", help="run none of them, hold what is there to the baseline"
+    )
     given = parser.parse_args()
     work: Path = given.work.resolve()
     suite, baseline = given.suite.resolve(), given.baseline.resolve()
     if given.rows:
         suite, baseline = cut(suite, baseline, given.rows, work / "cut")
     if given.unchanged:
-        nights = unchanged(given.unchanged, given.first_seed, suite, baseline, work)
-        write_summary(work, {"unchanged": nights})
+        seeds = range(given.first_seed, given.first_seed + given.unchanged)
+        nights = []
+        for night in unchanged(seeds, suite, baseline, work, run=not given.judge_only):
+            nights.append(night)
+            write_summary(work, {"unchanged": [night]})
         alarms = sum(night["gate"] != 0 for night in nights)
         print(f"{alarms} of {len(nights)} unchanged nights raised an alarm or were incomplete")
         return 1 if alarms else 0

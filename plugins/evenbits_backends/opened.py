@@ -18,7 +18,8 @@ from evenbits.restoring import named_failure
 from evenbits.shapes import Inventory, StoredTensor, read_config, read_inventory
 from evenbits_backends.layout import layout, recognise
 from evenbits_backends.reading import FLOATS, CheckpointFolder
-from evenbits_backends.trust import Claim, check_dense, check_forward, check_weight, rescaled
+from evenbits_backends.rescaling import WRITERS, Rescaling, fitted
+from evenbits_backends.trust import Claim, check_dense, check_forward, check_weight
 
 HEAD = "lm_head.weight"
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -54,9 +55,31 @@ class StoredCheckpoint:
     def _inventory(self) -> Inventory:
         return read_inventory(self._base)
 
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
+        return read_config(self._base)
+
     @property
     def _tied(self) -> bool:
-        return bool(read_config(self._base).get("tie_word_embeddings", self._inventory.architecture.tied))
+        return bool(self._config.get("tie_word_embeddings", self._inventory.architecture.tied))
+
+    @cached_property
+    def _rescaling(self) -> Rescaling | None:
+        """None for a model whose operations before each layer are not known."""
+        model_type = self._config.get("model_type", "")
+        return Rescaling(model_type, self._inventory.head_dim, self._norm) if model_type in WRITERS else None
+
+    def _norm(self, name: str) -> tuple[Tensor, Tensor]:
+        ours = next((stored for stored in self._inventory.rest if stored.name == name), None)
+        if ours is None:
+            raise TrialFailed(f"{name}: no norm of the base model, and no layer that was checked before")
+        return read_tensor(ours), self.folder.tensor(name)
+
+    def rescaled(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
+        """How a layer of a rescaled checkpoint was stored; None for an embedding or a head, which nothing rescales."""
+        if shape.block < 0:
+            return None
+        return fitted(weight, restored) if self._rescaling is None else self._rescaling.fold(shape, weight, restored)
 
     def verify(self) -> None:
         """From headers alone, before anything is decoded: that the checkpoint is the base model, whole and no more.
@@ -86,11 +109,11 @@ class StoredCheckpoint:
             beside = None if self._claim.rescales else weight
             probe, outputs = self._probes[shape.in_features], self._outputs[shape.name]
             check_forward(shape, restored, probe, outputs, beside, self._claim.library)
-        dense = self._roles_of(shape) is None
-        if dense and torch.equal(weight.to(self._dtype), restored.to(self._dtype)):
-            return None
-        fold = rescaled(weight, restored) if self._claim.rescales else None
-        if dense:
+        fold = self.rescaled(shape, weight, restored) if self._claim.rescales else None
+        if self._roles_of(shape) is None:
+            unscaled = fold is None or self._rescaling is None or self._rescaling.unscaled(shape, fold)
+            if unscaled and torch.equal(weight.to(self._dtype), restored.to(self._dtype)):
+                return None
             check_dense(shape, weight, restored, fold, self._claim)
             return fold
         check_weight(shape, weight, restored, fold, self.layout.grid(shape, self.facts), self._claim, moment)

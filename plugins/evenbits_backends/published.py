@@ -16,7 +16,7 @@ from evenbits.models import read_tensor
 from evenbits.restoring import unfolded
 from evenbits_backends.located import content_of, snapshot
 from evenbits_backends.opened import StoredCheckpoint, decode
-from evenbits_backends.trust import Claim, rescaled
+from evenbits_backends.trust import Claim
 
 if TYPE_CHECKING:
     from evenbits_backends.libraries.checkpoint import CheckpointOptions
@@ -64,7 +64,7 @@ class PublishedCheckpoint(StoredCheckpoint):
         self._rescales = self.layout.name in RESCALING and self._norms_changed()
 
     def check(self, shape: LayerShape, weight: Tensor, restored: Tensor, moment: Tensor | None = None) -> Fold | None:
-        fold = rescaled(weight, restored) if self._rescales else None
+        fold = self.rescaled(shape, weight, restored) if self._rescales else None
         compared = restored if fold is None else unfolded(restored, fold)
         error = relative_error(weight, compared)
         if not error <= UNRELATED:

@@ -76,19 +76,6 @@ def _energy_apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
 
 
-def rescaled(weight: Tensor, restored: Tensor) -> Fold:
-    """By least squares, columns first and then rows: the libraries do not store what they rescaled by.
-
-    The errors that follow are therefore a little below the true ones (one fitted number a column and a row). A whole
-    row or column stored at a wrong scale is not seen through this; wrong values, orders and groups are.
-    """
-    columns = (restored * weight).sum(0) / weight.square().sum(0).clamp_min(1e-30)
-    columns = torch.where(columns > 0, columns, torch.ones_like(columns))
-    scaled = weight * columns
-    rows = (restored * scaled).sum(1) / scaled.square().sum(1).clamp_min(1e-30)
-    return Fold(torch.where(rows > 0, rows, torch.ones_like(rows)), columns)
-
-
 def check_dense(shape: LayerShape, weight: Tensor, restored: Tensor, fold: Fold | None, claim: Claim) -> None:
     """A layer that the library left dense: rounded to half precision at most, and rescaled as `fold` says.
 

@@ -1,4 +1,7 @@
-"""AutoAWQ 0.2.9, its last release: upstream ended in 2025 and names llm-compressor as its successor."""
+"""AutoAWQ 0.2.9, its last release: upstream ended in 2025 and names llm-compressor as its successor.
+
+On a CPU its search spoils the weights that it searches on; the worker gives it the copies that it has on a GPU.
+"""
 
 from __future__ import annotations
 

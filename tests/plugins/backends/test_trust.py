@@ -9,7 +9,8 @@ from torch import Tensor
 from evenbits.compressor import Fold, Layer, LayerShape
 from evenbits.errors import TrialFailed
 from evenbits_backends.layout import Grid
-from evenbits_backends.trust import Claim, check_dense, check_forward, check_weight, rescaled
+from evenbits_backends.rescaling import fitted
+from evenbits_backends.trust import Claim, check_dense, check_forward, check_weight
 from evenbits_gptq.compressor import GptqCompressor
 from evenbits_gptq.options import GptqOptions
 
@@ -61,11 +62,11 @@ def test_a_fitted_rescaling_explains_awq_and_hides_no_disorder(weight: Tensor, b
     stored = rounded(rows[:, None] * weight * columns, bits)
     with pytest.raises(TrialFailed):
         check_weight(SHAPE, weight, stored, None, grid, AWQ)
-    fold = rescaled(weight, stored)
+    fold = fitted(weight, stored)
     check_weight(SHAPE, weight, stored, fold, grid, AWQ)
     for wrong in (stored.flip(0), stored.roll(1, 1), stored.roll(32, 1), stored[torch.randperm(128, generator=draw)]):
         with pytest.raises(TrialFailed):
-            check_weight(SHAPE, weight, wrong, rescaled(weight, wrong), grid, AWQ)
+            check_weight(SHAPE, weight, wrong, fitted(weight, wrong), grid, AWQ)
 
 
 def test_a_row_at_a_wrong_scale_is_hidden_by_a_fitted_rescaling_only(weight: Tensor) -> None:
@@ -74,7 +75,7 @@ def test_a_row_at_a_wrong_scale_is_hidden_by_a_fitted_rescaling_only(weight: Ten
     stored[5] *= 8
     with pytest.raises(TrialFailed):
         check_weight(SHAPE, weight, stored, None, Grid(4, 32), PLAIN)
-    check_weight(SHAPE, weight, stored, rescaled(weight, stored), Grid(4, 32), AWQ)
+    check_weight(SHAPE, weight, stored, fitted(weight, stored), Grid(4, 32), AWQ)
 
 
 def test_what_is_no_grid_must_be_nearer_than_nothing(weight: Tensor) -> None:
@@ -113,7 +114,7 @@ def test_what_is_left_dense_is_the_weight_itself(weight: Tensor) -> None:
     check_dense(SHAPE, weight, weight.bfloat16().float(), None, PLAIN)
     columns = torch.rand(352, generator=torch.Generator().manual_seed(5)) + 0.5
     stored = (weight * columns).half().float()
-    check_dense(SHAPE, weight, stored, rescaled(weight, stored), AWQ)
+    check_dense(SHAPE, weight, stored, fitted(weight, stored), AWQ)
     for wrong in (stored, rounded(weight, 8)):
         with pytest.raises(TrialFailed, match=r"down_proj: x left it dense, with a relative squared error of"):
             check_dense(SHAPE, weight, wrong, None, PLAIN)

@@ -19,7 +19,7 @@ from evenbits.shapes import Inventory, StoredTensor, read_config, read_inventory
 from evenbits_backends.layout import layout, recognise
 from evenbits_backends.reading import FLOATS, CheckpointFolder
 from evenbits_backends.rescaling import WRITERS, Rescaling, fitted
-from evenbits_backends.trust import Claim, check_dense, check_forward, check_weight
+from evenbits_backends.trust import Claim, check_forward, check_left, check_weight, folded
 
 HEAD = "lm_head.weight"
 BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -114,7 +114,7 @@ class StoredCheckpoint:
             unscaled = fold is None or self._rescaling is None or self._rescaling.unscaled(shape, fold)
             if unscaled and torch.equal(weight.to(self._dtype), restored.to(self._dtype)):
                 return None
-            check_dense(shape, weight, restored, fold, self._claim)
+            check_left(shape.name, weight if fold is None else folded(weight, fold), restored, self._claim)
             return fold
         check_weight(shape, weight, restored, fold, self.layout.grid(shape, self.facts), self._claim, moment)
         return fold
@@ -128,11 +128,18 @@ class StoredCheckpoint:
         self.verify()
         changed: dict[str, Tensor] = {}
         for stored in self._inventory.rest:
-            ours = read_tensor(stored)
-            theirs = self.folder.tensor(stored.name) if self._is_dense(stored) else self._decoded(stored, ours)
-            if not torch.equal(ours.to(self._dtype), theirs.to(self._dtype)):
-                changed[stored.name] = theirs
+            ours, dense = read_tensor(stored), self._is_dense(stored)
+            theirs = self.folder.tensor(stored.name) if dense else self._decoded(stored, ours)
+            if torch.equal(ours.to(self._dtype), theirs.to(self._dtype)):
+                continue
+            if dense and not self._may_change(stored):
+                check_left(stored.name, ours, theirs, self._claim)
+            changed[stored.name] = theirs
         return changed
+
+    def _may_change(self, stored: StoredTensor) -> bool:
+        """Whether more than its dtype: rescaling changes biases and norms, whose layers are checked against them."""
+        return self._claim.rescales and len(stored.shape) == 1
 
     # -- what is where ----------------------------------------------------------------------------------------
 

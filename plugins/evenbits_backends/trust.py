@@ -76,20 +76,21 @@ def _energy_apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).square().sum() / expected.square().sum().clamp_min(1e-30))
 
 
-def check_dense(shape: LayerShape, weight: Tensor, restored: Tensor, fold: Fold | None, claim: Claim) -> None:
-    """A layer that the library left dense: rounded to half precision at most, and rescaled as `fold` says.
+def check_left(name: str, weight: Tensor, restored: Tensor, claim: Claim) -> None:
+    """What the library left dense: `weight`, rescaled as it was stored, rounded to half precision at most.
 
     Raises TrialFailed where it is anything else.
     """
-    error = relative_error(weight if fold is None else _folded(weight, fold), restored)
+    error = relative_error(weight, restored)
     if not error <= LEFT_DENSE:
         raise TrialFailed(
-            f"{shape.name}: {claim.library} left it dense, with a relative squared error of {error:.3g} where "
+            f"{name}: {claim.library} left it dense, with a relative squared error of {error:.3g} where "
             f"{LEFT_DENSE:g} is allowed: not trusted"
         )
 
 
-def _folded(weight: Tensor, fold: Fold) -> Tensor:
+def folded(weight: Tensor, fold: Fold) -> Tensor:
+    """(out, in): the weight as it was rescaled for storing."""
     if fold.columns is not None:
         weight = weight * fold.columns
     return weight if fold.rows is None else weight * fold.rows[:, None]
@@ -122,7 +123,7 @@ def check_weight(
     Raises TrialFailed where the error is beyond what rounding explains.
     """
     if fold is not None:
-        weight, moment = _folded(weight, fold), None
+        weight, moment = folded(weight, fold), None
     rounded = None if grid is None else plain_rounding(weight, grid)
     error, plain = relative_error(weight, restored), None if rounded is None else relative_error(weight, rounded)
     allowed = WORST if plain is None else min(WORST, (CALIBRATED if claim.calibrated else ROUNDING) * plain)

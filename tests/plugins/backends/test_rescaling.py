@@ -197,6 +197,18 @@ def test_a_layer_left_dense_must_be_rescaled_too(tmp_path: Path) -> None:
         check_all(small.folder)
 
 
+def test_nothing_else_may_change(tmp_path: Path) -> None:
+    """Norms of a rescaled checkpoint do; an embedding never does, nor a norm where nothing is rescaled."""
+    small = made_by_a_library("autoawq", tmp_path / "autoawq")
+    opened = StoredCheckpoint(small.folder, GOLDEN / "dense", "float32", AWQ)
+    assert {name.split(".")[-2] for name in opened.rest()} >= {"input_layernorm", "post_attention_layernorm"}
+    with pytest.raises(TrialFailed, match=r"layernorm.weight: x left it dense, with a relative squared error of"):
+        StoredCheckpoint(small.folder, GOLDEN / "dense", "float32", Claim("x", calibrated=True)).rest()
+    small.edit(lambda tensors: tensors["model.embed_tokens.weight"][3].mul_(2))
+    with pytest.raises(TrialFailed, match=r"model\.embed_tokens\.weight: x left it dense"):
+        StoredCheckpoint(small.folder, GOLDEN / "dense", "float32", AWQ).rest()
+
+
 def test_a_model_that_is_not_known_is_fitted(tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "gpt2", "gpt2")
     config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}

@@ -10,7 +10,7 @@ from evenbits.compressor import Fold, Layer, LayerShape
 from evenbits.errors import TrialFailed
 from evenbits_backends.layout import Grid
 from evenbits_backends.rescaling import fitted
-from evenbits_backends.trust import Claim, check_dense, check_forward, check_weight
+from evenbits_backends.trust import Claim, check_forward, check_left, check_weight, folded
 from evenbits_gptq.compressor import GptqCompressor
 from evenbits_gptq.options import GptqOptions
 
@@ -111,13 +111,13 @@ def test_one_wrong_row_of_a_wide_layer_is_found() -> None:
 
 
 def test_what_is_left_dense_is_the_weight_itself(weight: Tensor) -> None:
-    check_dense(SHAPE, weight, weight.bfloat16().float(), None, PLAIN)
+    check_left(SHAPE.name, weight, weight.bfloat16().float(), PLAIN)
     columns = torch.rand(352, generator=torch.Generator().manual_seed(5)) + 0.5
     stored = (weight * columns).half().float()
-    check_dense(SHAPE, weight, stored, fitted(weight, stored), AWQ)
+    check_left(SHAPE.name, folded(weight, fitted(weight, stored)), stored, AWQ)
     for wrong in (stored, rounded(weight, 8)):
         with pytest.raises(TrialFailed, match=r"down_proj: x left it dense, with a relative squared error of"):
-            check_dense(SHAPE, weight, wrong, None, PLAIN)
+            check_left(SHAPE.name, weight, wrong, PLAIN)
 
 
 def test_where_inputs_fill_few_directions_the_outputs_tell() -> None:

@@ -254,7 +254,7 @@ def unchanged(seeds: Sequence[int], suite: Path, baseline: Path, work: Path, *, 
             ended = evenbits(*arguments, log=folder / "run.txt").returncode
         gated = gate(baseline, results, folder)
         headline = next(iter(gated.stdout.splitlines()), gated.stderr.strip())
-        commit = re.search(r"; commit .* now ([0-9a-f]+)", gated.stdout)
+        commit = re.search(r"; commit [^;]* now ([0-9a-f]{7,})", gated.stdout)
         print(f"seed {seed}: run {ended}, gate {gated.returncode}: {headline}", flush=True)
         if ended == 0:
             shutil.rmtree(results / "artifacts", ignore_errors=True)  # the records are what is judged

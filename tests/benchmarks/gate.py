@@ -145,7 +145,9 @@ def as_markdown(found: dict[str, Any]) -> str:
     lines = [
         "# The gate, simulated",
         "",
-        f"Baseline of suite {found['suite']}, {found['rows']} rows, {found['seeds']} seeds; {found['made']}.",
+        f"Baseline of suite {found['suite']}, {found['rows']} rows, {found['seeds']} seeds; {found['made']}. Written by",
+        f"`python tests/benchmarks/gate.py results/baselines/{found['suite']}.json --nights {found['runs'][0]['nights']}",
+        "--out results/bench`.",
         "",
         "Share of faults found:",
         "",

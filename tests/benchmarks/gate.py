@@ -142,12 +142,12 @@ def simulate(real: Snapshot, nights: int, per_baseline: int, tails: str) -> dict
 
 
 def as_markdown(found: dict[str, Any]) -> str:
+    command = f"tests/benchmarks/gate.py results/baselines/{found['suite']}.json --nights {found['runs'][0]['nights']}"
     lines = [
         "# The gate, simulated",
         "",
-        f"Baseline of suite {found['suite']}, {found['rows']} rows, {found['seeds']} seeds; {found['made']}. Written by",
-        f"`python tests/benchmarks/gate.py results/baselines/{found['suite']}.json --nights {found['runs'][0]['nights']}",
-        "--out results/bench`.",
+        f"Baseline of suite {found['suite']}, {found['rows']} rows, {found['seeds']} seeds; {found['made']}.",
+        f"Written by `python {command} --out results/bench`.",
         "",
         "Share of faults found:",
         "",

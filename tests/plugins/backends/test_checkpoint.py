@@ -40,6 +40,7 @@ from evenbits.testing import compress_model, tiny_model, tiny_tokens
 from evenbits_backends.layout import recognise
 from evenbits_backends.libraries.checkpoint import CheckpointOptions, descriptor
 from evenbits_backends.located import remote_headers, snapshot
+from evenbits_backends.published import PublishedCheckpoint
 from evenbits_backends.trust import check_forward
 
 METHOD = descriptor()
@@ -276,6 +277,18 @@ def test_zero_points_of_the_other_format_are_found(name: str, tmp_path: Path) ->
     small.configure(lambda config: config["quantization_config"].update(checkpoint_format="gptq_v2"))
     with pytest.raises(TrialFailed, match=r"all its weights lie to one side of the base model's \([6-9]\d% of its"):
         compress_model(METHOD, options(small.folder), GOLDEN / "dense", tmp_path / "artifact")
+
+
+def test_error_feedback_may_go_beyond_a_weight_of_zeros(tmp_path: Path) -> None:
+    """Along directions that no input has; not for what holds nothing of the weight."""
+    small = made_by_a_library("gptqmodel-4", tmp_path / "checkpoint")
+    opened = PublishedCheckpoint(small.folder, GOLDEN / "dense", "float32")
+    shape, generator = read_inventory(GOLDEN / "dense").layers[0][0], torch.Generator().manual_seed(0)
+    weight, noise = (torch.randn(shape.out_features, shape.in_features, generator=generator) for _ in range(2))
+    opened.check(shape, weight, weight + 1.3 * noise)  # an error of 1.7
+    for wrong in (noise, weight.roll(1, 1), weight.flip(0), -weight, 2.5 * weight, weight + 2.1 * noise):
+        with pytest.raises(TrialFailed, match=r"relative squared error to the base model's weight is [1-4]"):
+            opened.check(shape, weight, wrong)
 
 
 # -- what is refused, in one line ---------------------------------------------------------------------------------

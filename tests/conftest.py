@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# a shell starts what runs in the background with Ctrl-C ignored, and so would every process that a test stops by it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # before anything imports huggingface_hub, mlflow or OpenMP: each reads its variable once, at import
 os.environ["HF_HUB_OFFLINE"] = "1"

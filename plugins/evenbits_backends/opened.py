@@ -75,11 +75,16 @@ class StoredCheckpoint:
             raise TrialFailed(f"{name}: no norm of the base model, and no layer that was checked before")
         return read_tensor(ours), self.folder.tensor(name)
 
-    def rescaled(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
-        """How a layer of a rescaled checkpoint was stored; None for an embedding or a head, which nothing rescales."""
+    def rescaled(self, shape: LayerShape, weight: Tensor, restored: Tensor, *, dense: bool = False) -> Fold | None:
+        """How a layer of a rescaled checkpoint was stored; None for an embedding or a head, which nothing rescales.
+
+        dense: it was left unrounded. Raises TrialFailed for scales that nothing takes back.
+        """
         if shape.block < 0:
             return None
-        return fitted(weight, restored) if self._rescaling is None else self._rescaling.fold(shape, weight, restored)
+        if self._rescaling is None:
+            return fitted(weight, restored)
+        return (self._rescaling.fold_dense if dense else self._rescaling.fold)(shape, weight, restored)
 
     def verify(self) -> None:
         """From headers alone, before anything is decoded: that the checkpoint is the base model, whole and no more.
@@ -109,10 +114,10 @@ class StoredCheckpoint:
             beside = None if self._claim.rescales else weight
             probe, outputs = self._probes[shape.in_features], self._outputs[shape.name]
             check_forward(shape, restored, probe, outputs, beside, self._claim.library)
-        fold = self.rescaled(shape, weight, restored) if self._claim.rescales else None
-        if self._roles_of(shape) is None:
-            unscaled = fold is None or self._rescaling is None or self._rescaling.unscaled(shape, fold)
-            if unscaled and torch.equal(weight.to(self._dtype), restored.to(self._dtype)):
+        dense = self._roles_of(shape) is None
+        fold = self.rescaled(shape, weight, restored, dense=dense) if self._claim.rescales else None
+        if dense:
+            if torch.equal(weight.to(self._dtype), restored.to(self._dtype)):
                 return None
             check_left(shape.name, weight if fold is None else folded(weight, fold), restored, self._claim)
             return fold
@@ -130,16 +135,25 @@ class StoredCheckpoint:
         for stored in self._inventory.rest:
             ours, dense = read_tensor(stored), self._is_dense(stored)
             theirs = self.folder.tensor(stored.name) if dense else self._decoded(stored, ours)
+            if not bool(torch.isfinite(theirs).all()):
+                raise TrialFailed(f"{stored.name}: not finite in {self.folder.path}")
             if torch.equal(ours.to(self._dtype), theirs.to(self._dtype)):
                 continue
-            if dense and not self._may_change(stored):
-                check_left(stored.name, ours, theirs, self._claim)
+            if dense:
+                self._check_outside(stored, ours.float(), theirs.float())
             changed[stored.name] = theirs
         return changed
 
-    def _may_change(self, stored: StoredTensor) -> bool:
-        """Whether more than its dtype: rescaling changes biases and norms, whose layers are checked against them."""
-        return self._claim.rescales and len(stored.shape) == 1
+    def _check_outside(self, stored: StoredTensor, ours: Tensor, theirs: Tensor) -> None:
+        """Only rescaling changes more than a dtype: norms, which layers were checked against, and biases."""
+        if self._claim.rescales and len(stored.shape) == 1:
+            if self._rescaling is None or self._rescaling.takes_back(stored.name):
+                return
+            if (scaled := self._rescaling.bias(stored.name, ours)) is not None:
+                expected, doubt = scaled
+                check_left(stored.name, expected, theirs, self._claim, doubt**2)
+                return
+        check_left(stored.name, ours, theirs, self._claim)
 
     # -- what is where ----------------------------------------------------------------------------------------
 

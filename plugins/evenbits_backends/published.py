@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from evenbits.compressor import Fold, LayerShape, PackedLayer, Shared
@@ -27,9 +28,10 @@ if TYPE_CHECKING:
 # weight: 0.87 of it, where another weight, or this one out of order, holds none.
 UNRELATED = 1.0
 FED_BACK, HELD = 4.0, 0.3  # the error that is allowed so, and how far from 1 the held share may be
-# Share of the error's energy that one offset of all weights explains. Rounding by any of the layouts, also with levels
-# that are not around zero: below 0.02. Zero points read one too low or too high: 0.6 and more, at every width.
-OFFSET = 0.3
+# Share of the error's energy that means over groups explain. Rounding, also with error feedback and with levels that
+# are not around zero: twice what one number is of a group at most (0.06 in groups of 32). Zero points read one too low,
+# or in another order: 0.6 and more, at every width.
+OFFSET = 0.4
 FEWEST = 256  # weights: of fewer, chance makes an offset
 RESCALING = ("awq", "compressed_tensors")  # layouts of methods that may move scales into the norms
 
@@ -78,22 +80,33 @@ class PublishedCheckpoint(StoredCheckpoint):
                 f"of zeros has {UNRELATED:g}, and it holds {held:.2f} of it: another model's checkpoint, or one "
                 "that is decoded wrongly"
             )
-        apart = compared.double() - weight.double()
-        share = float(apart.mean().square() / apart.square().mean().clamp_min(1e-30))
+        grid = self.layout.grid(shape, self.facts)
+        share = offset_share(compared - weight, (grid.group if grid else 0) or shape.in_features)
         if share > OFFSET and weight.numel() >= FEWEST:
             raise TrialFailed(
-                f"{shape.name}: all its weights lie to one side of the base model's ({share:.0%} of its error is one "
-                f"offset, {OFFSET:.0%} allowed): its zero points are not those of the format that its config names"
+                f"{shape.name}: whole groups lie to one side of the base model's weights ({share:.0%} of its error, "
+                f"{OFFSET:.0%} allowed): its zero points are not those of the format that its config names"
             )
         return fold
 
-    def _may_change(self, stored: StoredTensor) -> bool:
-        return True  # tuned with whatever data
+    def _check_outside(self, stored: StoredTensor, ours: Tensor, theirs: Tensor) -> None:
+        """Tuned with whatever data; but an embedding or a head that is another model's is refused."""
+        if len(stored.shape) == 2 and not (error := relative_error(ours, theirs)) <= UNRELATED:
+            raise TrialFailed(
+                f"{stored.name}: its relative squared error to the base model's is {error:.3g}: another model's"
+            )
 
     def _norms_changed(self) -> bool:
         norms = [s for s in self._inventory.rest if len(s.shape) == 1 and s.name.endswith("norm.weight")]
         tensors = ((read_tensor(stored), self.folder.tensor(stored.name)) for stored in norms)
         return any(relative_error(ours.float()[None], theirs.float()[None]) > 1e-4 for ours, theirs in tensors)
+
+
+def offset_share(error: Tensor, group: int) -> float:
+    """Of the energy of `error` (out, in), what the means of each row's groups of columns make up, 0 to 1."""
+    padded = torch.nn.functional.pad(error.double(), (0, -error.shape[1] % group))
+    means = padded.view(len(error), -1, group).mean(-1)
+    return float(group * means.square().sum() / padded.square().sum().clamp_min(1e-30))
 
 
 def made_with(quantization: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ the weight, as it is one of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from evenbits.compressor import Fold, LayerShape
 from evenbits.errors import TrialFailed
+from evenbits.maths.hessian import relative_error
 
 # what writes the inputs of each kind of layer: a norm of the block, or another layer
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -26,8 +28,7 @@ LLAMA: Mapping[str, str] = {
 WRITERS: Mapping[str, Mapping[str, str]] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), LLAMA)
 OFFSET = {"gemma": 1.0}  # what a norm adds to its stored weight to have its gain
 
-# how far from 1 a scale may be where there was none: a norm's is rounded to its dtype, a fitted one by 2 bits at worst
-ROUNDED, FITTED = 0.01, 0.2
+ROUNDED = 0.01  # how far off a scale may be that is known: what takes it back is rounded to its dtype
 
 Norm = Callable[[str], tuple[Tensor, Tensor]]  # its weight in the dense model and in the checkpoint, by full name
 
@@ -41,7 +42,9 @@ class Rescaling:
     def __init__(self, model_type: str, head_dim: int | None, norm: Norm) -> None:
         self._writers, self._offset = WRITERS[model_type], OFFSET.get(model_type, 0.0)
         self._head_dim, self._norm = head_dim, norm
-        self._rows: dict[str, Tensor] = {}  # by layer: of those whose rows other layers read
+        # of layers whose rows other layers read: what their rows were multiplied by, and how far off that may be
+        self._rows: dict[str, Tensor] = {}
+        self._doubt: dict[str, float] = {}
 
     def fold(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
         """weight, restored: (out, in). None for a layer that is not of a block; 1 where nothing was rescaled.
@@ -54,13 +57,40 @@ class Rescaling:
         if shape.kind not in self._writers.values():
             return Fold(None, columns)
         rows = fitted_rows(weight * columns, restored)
+        error = relative_error(weight * columns * rows[:, None], restored)
         self._rows[shape.name] = rows
+        # by chance, five standard deviations of a row's fit, and by rounding that shrinks what it rounds
+        self._doubt[shape.name] = ROUNDED + 5 * math.sqrt(error / shape.in_features) + error
         return Fold(rows, columns)
 
-    def unscaled(self, shape: LayerShape, fold: Fold) -> bool:
-        """Whether nothing says that the layer's columns were multiplied."""
-        allowed = FITTED if self._writer(shape) in self._rows else ROUNDED
-        return fold.columns is None or bool((fold.columns - 1).abs().amax() < allowed)
+    def fold_dense(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
+        """As `fold`, of a layer stored unrounded: it tells its scales itself, which must be those taken back.
+
+        Raises TrialFailed where they are not.
+        """
+        expected = self.fold(shape, weight, restored)
+        if expected is None or expected.columns is None:
+            return expected
+        found = fitted(weight, restored) if expected.rows is not None else Fold(None, fitted_rows(weight.T, restored.T))
+        assert found.columns is not None
+        told = weight.any(0)  # a column of zeros bears any scale
+        apart = float(((found.columns / expected.columns - 1).abs() * told).amax())
+        if not apart <= self._doubt.get(self._writer(shape), ROUNDED):
+            raise TrialFailed(
+                f"{shape.name}: a column of what is left dense is multiplied by another scale than "
+                f"{self._writer(shape)} takes back, {apart:.0%} off"
+            )
+        return found
+
+    def takes_back(self, name: str) -> bool:
+        """Whether it is the gain of a norm that layers were checked against."""
+        norms = set(self._writers.values()) - set(self._writers)
+        return name.endswith(tuple(f".{norm}.weight" for norm in norms))
+
+    def bias(self, name: str, ours: Tensor) -> tuple[Tensor, float] | None:
+        """Of a layer whose rows were multiplied: its bias as that has to be stored, and how far off it may be."""
+        layer = name.removesuffix(".bias")
+        return None if layer == name or layer not in self._rows else (ours * self._rows[layer], self._doubt[layer])
 
     def _writer(self, shape: LayerShape) -> str:
         return shape.name.removesuffix(shape.kind) + self._writers[shape.kind]
@@ -72,7 +102,9 @@ class Rescaling:
             return 1 / self._spread(rows, shape)
         ours, theirs = self._norm(f"{writer}.weight")
         ours, theirs = ours.float() + self._offset, theirs.float() + self._offset
-        return torch.where(theirs == ours, torch.ones_like(ours), ours / theirs).nan_to_num(1.0, 1.0, 1.0)
+        if not bool((torch.isfinite(theirs) & ((theirs == 0) == (ours == 0))).all()):
+            raise TrialFailed(f"{writer}: its gain is not finite, or nothing where the base model's is something")
+        return torch.where(theirs == ours, torch.ones_like(ours), ours / theirs)
 
     def _spread(self, rows: Tensor, shape: LayerShape) -> Tensor:
         """(in,): of values, which the queries of a group of heads read together."""

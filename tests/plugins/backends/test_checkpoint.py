@@ -37,11 +37,11 @@ from evenbits.suite import read_suite
 from evenbits.suite_errors import check_options
 from evenbits.suite_spec import ModelSpec
 from evenbits.testing import compress_model, tiny_model, tiny_tokens
-from evenbits_backends.layout import recognise
+from evenbits_backends.layout import Grid, recognise
 from evenbits_backends.libraries.checkpoint import CheckpointOptions, descriptor
 from evenbits_backends.located import remote_headers, snapshot
-from evenbits_backends.published import PublishedCheckpoint
-from evenbits_backends.trust import check_forward
+from evenbits_backends.published import PublishedCheckpoint, offset_share
+from evenbits_backends.trust import check_forward, plain_rounding
 
 METHOD = descriptor()
 GOLDEN = Path(__file__).parent / "golden"
@@ -275,7 +275,9 @@ def test_zero_points_of_the_other_format_are_found(name: str, tmp_path: Path) ->
     """One level off is little of a weight's energy, and yet every weight is off to the same side."""
     small = made_by_a_library(name, tmp_path / name)
     small.configure(lambda config: config["quantization_config"].update(checkpoint_format="gptq_v2"))
-    with pytest.raises(TrialFailed, match=r"all its weights lie to one side of the base model's \([6-9]\d% of its"):
+    with pytest.raises(
+        TrialFailed, match=r"whole groups lie to one side of the base model's weights \([6-9]\d% of its"
+    ):
         compress_model(METHOD, options(small.folder), GOLDEN / "dense", tmp_path / "artifact")
 
 
@@ -289,6 +291,29 @@ def test_error_feedback_may_go_beyond_a_weight_of_zeros(tmp_path: Path) -> None:
     for wrong in (noise, weight.roll(1, 1), weight.flip(0), -weight, 2.5 * weight, weight + 2.1 * noise):
         with pytest.raises(TrialFailed, match=r"relative squared error to the base model's weight is [1-4]"):
             opened.check(shape, weight, wrong)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_points_in_another_order_are_found(bits: int) -> None:
+    """They shift whole groups, to either side: that is no offset of the matrix."""
+    draw = torch.Generator().manual_seed(bits)
+    weight = torch.randn(64, 256, generator=draw)
+    right = plain_rounding(weight, Grid(bits, 64)) - weight
+    assert offset_share(right, 64) < 0.06
+    parts = weight.view(64, 4, 64)
+    step = (parts.amax(-1) - parts.amin(-1)) / (2**bits - 1)
+    zeros = torch.round(-parts.amin(-1) / step)
+    moved = (zeros[torch.randperm(64, generator=draw)] - zeros) * step
+    wrong = right - moved[..., None].expand(64, 4, 64).reshape(64, 256)
+    assert offset_share(wrong, 64) > 0.6
+    assert offset_share(torch.ones(3, 7), 4) == pytest.approx(25 / 28)  # the last group is short: its mean is over four
+
+
+def test_another_models_embedding_is_refused(tmp_path: Path) -> None:
+    small = made_by_a_library("gptqmodel-4", tmp_path / "checkpoint")
+    small.edit(lambda tensors: tensors["model.embed_tokens.weight"].normal_())
+    with pytest.raises(TrialFailed, match=r"embed_tokens\.weight: its relative squared error to the base model's is"):
+        PublishedCheckpoint(small.folder, GOLDEN / "dense", "float32").rest()
 
 
 # -- what is refused, in one line ---------------------------------------------------------------------------------

@@ -193,8 +193,58 @@ def test_a_layer_left_dense_must_be_rescaled_too(tmp_path: Path) -> None:
         tensors[f"{name}.weight"] = dense[f"{name}.weight"]
 
     small.edit(leave)
-    with pytest.raises(TrialFailed, match=r"k_proj: x left it dense, with a relative squared error of"):
+    with pytest.raises(
+        TrialFailed, match=r"k_proj: a column of what is left dense .* than .*input_layernorm takes back"
+    ):
         check_all(small.folder)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_dense_layer_behind_a_rounded_one(bits: int) -> None:
+    """Its scales are exact, what takes them back is fitted: also a scale of all columns at once is found."""
+    block = Block(bits)
+    rescaling = Rescaling("llama", VALUES, block.norm)
+    up, down = SHAPES[-2:]
+    weight = block.dense[down.kind]
+    rescaling.fold(up, block.dense[up.kind], block.stored(up.kind))
+    fold = rescaling.fold_dense(down, weight, weight * block.columns(down.kind))
+    assert fold is not None
+    torch.testing.assert_close(fold.columns, block.columns(down.kind))
+    factors = (0.3, 3.0) if bits == 2 else (0.7, 1.4)  # a row of 64 at 2 bits fits its factor that ill
+    for stored in (weight, *(factor * weight * block.columns(down.kind) for factor in factors)):
+        with pytest.raises(TrialFailed, match=r"down_proj: a column of .* than .*up_proj takes back, \d+% off"):
+            rescaling.fold_dense(down, weight, stored)
+
+
+def test_biases_are_multiplied_as_rows_are() -> None:
+    block, ours = Block(4), torch.ones(128)
+    rescaling = Rescaling("llama", VALUES, block.norm)
+    up = SHAPES[-2]
+    rescaling.fold(up, block.dense[up.kind], block.stored(up.kind))
+    found = rescaling.bias(f"{up.name}.bias", ours)
+    assert found is not None
+    expected, doubt = found
+    assert relative_error(1 / block.scales[up.kind], expected) < doubt**2 < 0.02
+    assert rescaling.bias("model.layers.0.self_attn.q_proj.bias", ours) is None
+    assert rescaling.bias("model.norm.weight", ours) is None
+
+
+@pytest.mark.parametrize("gain", [float("nan"), float("inf"), 0.0])
+def test_a_norm_without_a_gain_is_refused(gain: float, tmp_path: Path) -> None:
+    small = made_by_a_library("autoawq", tmp_path / "autoawq")
+    small.edit(lambda tensors: tensors["model.layers.0.input_layernorm.weight"][5].fill_(gain))
+    with pytest.raises(
+        TrialFailed, match=r"input_layernorm: its gain is not finite, or nothing where the base model's"
+    ):
+        check_all(small.folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3.0])
+def test_a_norm_that_no_layer_reads_stays(value: float, tmp_path: Path) -> None:
+    small = made_by_a_library("autoawq", tmp_path / "autoawq")
+    small.edit(lambda tensors: tensors["model.norm.weight"].fill_(value))
+    with pytest.raises(TrialFailed, match=r"model\.norm\.weight: (not finite in|x left it dense)"):
+        StoredCheckpoint(small.folder, GOLDEN / "dense", "float32", AWQ).rest()
 
 
 def test_nothing_else_may_change(tmp_path: Path) -> None:

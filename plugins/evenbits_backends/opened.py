@@ -117,10 +117,8 @@ class StoredCheckpoint:
         dense = self._roles_of(shape) is None
         fold = self.rescaled(shape, weight, restored, dense=dense) if self._claim.rescales else None
         if dense:
-            if torch.equal(weight.to(self._dtype), restored.to(self._dtype)):
-                return None
             check_left(shape.name, weight if fold is None else folded(weight, fold), restored, self._claim)
-            return fold
+            return None if torch.equal(weight.to(self._dtype), restored.to(self._dtype)) else fold
         check_weight(shape, weight, restored, fold, self.layout.grid(shape, self.facts), self._claim, moment)
         return fold
 

@@ -64,23 +64,23 @@ class Rescaling:
         return Fold(rows, columns)
 
     def fold_dense(self, shape: LayerShape, weight: Tensor, restored: Tensor) -> Fold | None:
-        """As `fold`, of a layer stored unrounded: it tells its scales itself, which must be those taken back.
+        """As `fold`, of a layer stored unrounded. Behind another layer, whose rows are only fitted, it tells its scales
+        itself, and they must be those that are taken back.
 
         Raises TrialFailed where they are not.
         """
         expected = self.fold(shape, weight, restored)
-        if expected is None or expected.columns is None:
+        if expected is None or expected.columns is None or self._writer(shape) not in self._rows:
             return expected
-        found = fitted(weight, restored) if expected.rows is not None else Fold(None, fitted_rows(weight.T, restored.T))
-        assert found.columns is not None
+        found = fitted_rows(weight.T, restored.T)
         told = weight.any(0)  # a column of zeros bears any scale
-        apart = float(((found.columns / expected.columns - 1).abs() * told).amax())
-        if not apart <= self._doubt.get(self._writer(shape), ROUNDED):
+        apart = float(((found / expected.columns - 1).abs() * told).amax())
+        if not apart <= self._doubt[self._writer(shape)]:
             raise TrialFailed(
                 f"{shape.name}: a column of what is left dense is multiplied by another scale than "
                 f"{self._writer(shape)} takes back, {apart:.0%} off"
             )
-        return found
+        return Fold(None, found)
 
     def takes_back(self, name: str) -> bool:
         """Whether it is the gain of a norm that layers were checked against."""

@@ -51,7 +51,8 @@ def walk(folder: Path) -> list[dict[str, Any]]:
         if ran.returncode:
             raise SystemExit(f"{command}: exit {ran.returncode}\n{ran.stdout}{ran.stderr}")
         passed = time.perf_counter() - begun
-        done.append({"command": command, "after": after, "at_seconds": passed})
+        typed = command.replace(shlex.quote(str(ROOT)), "URL").replace(sys.executable, "python3")
+        done.append({"command": typed, "after": after, "at_seconds": passed})
         print(f"{passed:6.0f} s  {command}", flush=True)
     return done
 
@@ -75,8 +76,7 @@ def main() -> None:
         "| --: | :-- | :-- |",
     ]
     for step in done:
-        typed = step["command"].replace(str(ROOT), "URL").replace(sys.executable, "python3")
-        lines.append(f"| {step['at_seconds']:.0f} s | `{typed}` | {step['after']} |")
+        lines.append(f"| {step['at_seconds']:.0f} s | `{step['command']}` | {step['after']} |")
     write_atomically(arguments.out / "newcomer.json", json.dumps(row, indent=1).encode())
     write_atomically(arguments.out / "newcomer.md", ("\n".join(lines) + "\n").encode())
 
